@@ -1,0 +1,231 @@
+"""The command line: verbs as typed functions.
+
+Exit codes: 0 done; 2 the input is wrong (one sentence on standard error says how); 3 paused by --seconds, the same
+command goes on; 130 interrupted, likewise.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+import keyhole.experiment.spec  # noqa: F401  (fills the registries)
+from keyhole.core import registry
+from keyhole.core.registry import Card, Registry
+from keyhole.errors import KeyholeError, StoreError, UnknownName
+from keyhole.experiment.audit import SETTING, audit
+from keyhole.experiment.plan import Group
+from keyhole.experiment.spec import load_experiment, presets
+from keyhole.experiment.store import Store
+
+app = typer.Typer(
+    help="Measure how much private data can be recovered from what federated-learning clients share.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+out = Console()
+err = Console(stderr=True)
+
+KINDS: dict[str, Registry] = {
+    "attacks": registry.ATTACKS,
+    "defenses": registry.DEFENSES,
+    "labels": registry.LABELS,
+    "controls": registry.CONTROLS,
+    "metrics": registry.METRICS,
+    "models": registry.MODELS,
+    "data": registry.DATASETS,
+}
+PAUSED = 3
+
+
+@app.command("audit")
+def audit_command(
+    source: Annotated[str, typer.Argument(metavar="PRESET_OR_TOML", help="A preset's name or an audit file.")],
+    out_dir: Annotated[Path | None, typer.Option("--out", help="Output folder; by default audits/TITLE.")] = None,
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="Override a key: run.samples=4.")] = None,
+    jobs: Annotated[int, typer.Option(min=0, help="Worker processes on a CPU; 0: one a core.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    seconds: Annotated[float, typer.Option(min=0, help="Pause after so many seconds; 0: never.")] = 0.0,
+) -> None:
+    """Attack what clients would send, and write a report. Run again to go on after an interruption."""
+    experiment = load_experiment(source, overrides or [])
+    folder = out_dir or Path("audits") / experiment.title
+    with _Bars() as bars:
+        done = audit(experiment, folder, jobs=jobs, device=device, seconds=seconds, progress=bars)
+    if not done and not (folder / SETTING).exists():
+        err.print(f"Paused while tuning; the same command goes on. Stored so far: {folder}", highlight=False)
+        raise typer.Exit(PAUSED)
+    _report(folder)
+    if not done:
+        err.print("Paused: the same command goes on where this stopped.")
+        raise typer.Exit(PAUSED)
+
+
+@app.command("report")
+def report_command(folder: Annotated[Path, typer.Argument(metavar="DIR", help="An audit's output folder.")]) -> None:
+    """Rebuild the report from stored outcomes, without running anything."""
+    _report(folder)
+
+
+@app.command("list")
+def list_command(
+    kind: Annotated[str | None, typer.Argument(help=f"One of {', '.join(KINDS)}, presets.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+) -> None:
+    """List what an audit file can name."""
+    kinds = [*KINDS, "presets"]
+    if kind is not None and kind not in kinds:
+        raise UnknownName("kind", kind, kinds)
+    chosen = [kind] if kind else kinds
+    listing = {k: _presets() if k == "presets" else [_card(c) for c in KINDS[k]] for k in chosen}
+    if as_json:
+        print(json.dumps(listing, indent=2))
+        return
+    for name, cards in listing.items():
+        table = Table(title=name, title_justify="left", box=None, show_header=False, padding=(0, 2))
+        for card in cards:
+            table.add_row(f"[bold]{card['name']}[/]", card["summary"])
+        out.print(table)
+
+
+@app.command("show")
+def show_command(name: Annotated[str, typer.Argument(help="The name of a method, model, data set or preset.")]) -> None:
+    """Show a method's card, its knobs, and what is known to break it."""
+    known = presets()
+    if name in known:
+        out.print(known[name], markup=False, highlight=False)
+        return
+    cards = [card for registered in KINDS.values() for card in registered if card.name == name]
+    if not cards:
+        everything = [card.name for registered in KINDS.values() for card in registered] + list(known)
+        raise UnknownName("name", name, everything)
+    for card in cards:
+        _show(card)
+
+
+def _show(card: Card) -> None:
+    import inspect
+
+    out.print(f"[bold]{card.name}[/]  ({card.kind}, version {card.version})")
+    if card.paper:
+        out.print(f"Source: {card.paper}. {card.link}", highlight=False)
+    for known_break in card.known_breaks:
+        out.print(f"Known to break it: {known_break}.", highlight=False)
+    out.print()
+    out.print(inspect.getdoc(card.factory) or "", markup=False, highlight=False)
+    knobs = _card(card)["knobs"]
+    if knobs:
+        table = Table("knob", "type", "default", box=None, padding=(0, 2))
+        for knob in knobs:
+            table.add_row(knob["name"], knob["type"], str(knob["default"]))
+        out.print()
+        out.print(table)
+
+
+def _card(card: Card) -> dict[str, Any]:
+    knobs = [
+        {
+            "name": name,
+            "type": p.annotation.__name__ if isinstance(p.annotation, type) else str(p.annotation).replace("typing.", ""),
+            "default": None if p.default is p.empty else p.default,
+        }
+        for name, p in card.signature().parameters.items()
+        if card.kind in ("attack", "defense", "model") and name not in ("input_shape", "num_classes")
+    ]
+    return {
+        "name": card.name,
+        "summary": card.summary,
+        "paper": card.paper,
+        "link": card.link,
+        "version": card.version,
+        "known_breaks": list(card.known_breaks),
+        "knobs": knobs,
+    }
+
+
+def _presets() -> list[dict[str, Any]]:
+    return [{"name": n, "summary": text.split("\n")[0].lstrip("# ")} for n, text in sorted(presets().items())]
+
+
+def _report(folder: Path) -> None:
+    from keyhole.report.render import Images, render_html, render_table
+    from keyhole.report.summarize import Setting, summarize
+
+    store = Store(folder)
+    if not (folder / SETTING).exists():
+        raise StoreError(f"'{folder}' holds no audit that began its attacks (there is no {SETTING} in it).")
+    raw = json.loads((folder / SETTING).read_text())
+    setting = Setting(**{k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()})
+    outcomes = list(store.outcomes().values())
+    report = summarize(setting, outcomes)
+    reconstructions, secrets = store.images()
+    images = Images(secrets, reconstructions) if reconstructions else None
+    store.write_text("report.json", report.to_json())
+    html = store.write_text("report.html", render_html(report, setting, outcomes, images))
+    head, *rows = render_table(report)
+    table = Table(*head, box=None, padding=(0, 1))
+    for row in rows:
+        table.add_row(*row)
+    out.print(table)
+    out.print()
+    out.print(report.verdict, highlight=False)
+    out.print(f"\nReport: {html.resolve()}", highlight=False, soft_wrap=True)
+
+
+class _Bars:
+    """Progress on a terminal, one bar a stage; plain lines would flood a log, so elsewhere it says only the stage."""
+
+    def __init__(self) -> None:
+        self.bars = Progress(
+            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>5.1f}%"), TimeElapsedColumn(),
+            console=err,
+        )
+        self.task: TaskID | None = None
+        self.groups: dict[str, float] = {}
+
+    def __enter__(self) -> _Bars:
+        if err.is_terminal:
+            self.bars.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if err.is_terminal:
+            self.bars.stop()
+
+    def stage(self, name: str, done: int, total: int) -> None:
+        """A new bar, the stored part already filled."""
+        if not total:
+            return
+        self.groups = {}
+        self.done = done
+        self.task = self.bars.add_task(name, total=total, completed=done)
+        if not err.is_terminal:
+            err.print(f"{name}: {total - done} of {total} groups of trials to do", highlight=False)
+
+    def group(self, group: Group, fraction: float) -> None:
+        """Move the bar."""
+        self.groups[group.hash] = fraction
+        if self.task is not None:
+            self.bars.update(self.task, completed=self.done + sum(self.groups.values()))
+
+
+def main() -> None:
+    """Run the command line; errors meant for the user become one sentence and exit code 2."""
+    warnings.showwarning = lambda message, *rest, **more: err.print(f"Warning: {message}", highlight=False)
+    try:
+        app()
+    except KeyholeError as error:
+        err.print(f"Error: {error}", highlight=False, markup=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        err.print("Interrupted: what is done is stored; the same command goes on.")
+        sys.exit(130)

@@ -1,0 +1,73 @@
+"""What an attack is. Two families: closed forms, and iterative attacks whose loop the engine owns."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, Literal
+
+from torch import Tensor
+
+from keyhole.core.task import Task
+from keyhole.core.threat import ThreatModel
+from keyhole.core.types import Candidate, Field, Key, Observation, Reconstruction, Seen, Tensors
+
+Start = Literal["random", "gray", "mean"]
+"""Where an iterative attack begins: noise, mid-gray, or the mean of the public images."""
+
+
+class Attack(ABC):
+    """One method, written for one trial. No argument of any method can carry the truth."""
+
+    @property
+    @abstractmethod
+    def needs(self) -> frozenset[Field]:
+        """What it must see; a threat model that hides it makes the trial ``refused``."""
+
+    def infer(self, task: Task, threat: ThreatModel, seen: tuple[Observation, ...], key: Key) -> Tensors:
+        """Worked out once from the observations and then held fixed, such as recovered labels."""
+        return {}
+
+
+class DirectAttack(Attack):
+    """A closed form."""
+
+    @abstractmethod
+    def reconstruct(self, task: Task, threat: ThreatModel, seen: Seen, key: Key) -> Reconstruction:
+        """From what was seen to images."""
+
+
+class IterativeAttack(Attack):
+    """An optimisation. The attack says where to start and what to minimise; the engine does the rest."""
+
+    optimizer: Any
+    """An optimizer of `keyhole.solve.optimizers`."""
+    steps: int
+    """Evaluations of the objective in one start."""
+    restarts: int
+    """Number of starts, at least 1."""
+    initial: Start
+    """Which public start the runner fills in."""
+
+    tolerance: float = 0.0
+    """A start has converged when its objective is at or below this; 0 switches the rule off."""
+    patience: int = 0
+    """A start has stalled when its objective fell by less than ``min_progress`` over this many evaluations; 0: never."""
+    min_progress: float = 0.01
+    always_restart: bool = False
+    """Run every start and keep the best score, rather than only after a start that failed."""
+
+    @abstractmethod
+    def start(self, task: Task, threat: ThreatModel, seen: Seen, images: Tensor | None, key: Key) -> Candidate:
+        """The first candidate. ``images`` (r, *shape) are public start images; `None` asks for random ones."""
+
+    @abstractmethod
+    def loss(self, task: Task, threat: ThreatModel, seen: Seen, candidate: Candidate, key: Key) -> tuple[Tensor, Tensor]:
+        """The objective to minimise, and the score that selects between starts (without priors); two scalars."""
+
+    def project(self, task: Task, candidate: Candidate) -> Candidate:
+        """The nearest admissible candidate; identity by default."""
+        return candidate
+
+    @abstractmethod
+    def decode(self, task: Task, threat: ThreatModel, seen: Seen, candidate: Candidate, score: Tensor) -> Reconstruction:
+        """The candidate as images in the model's input space."""

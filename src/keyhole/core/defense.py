@@ -1,0 +1,191 @@
+"""Defenses, and the counters of attackers who know them.
+
+A defense has four hooks, all "unchanged" by default, so that one small class says all that is special about it. Its
+counters live in the same file: a defense that comes without the attacker who knows it has not been evaluated.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor
+from torch.func import grad
+
+from keyhole.core.keys import fold_in
+from keyhole.core.task import Task
+from keyhole.core.types import Batch, Field, GradFn, Key, Observation, Tensors, Trace, Weights
+
+
+@dataclass(frozen=True, eq=False)
+class Context:
+    """What a defense may use, made anew for each round by whoever runs the client."""
+
+    task: Task
+    weights: Weights
+    key: Key
+    """Fresh for each round; the attacker never gets it."""
+    round: int = 0
+    step: int = 0
+    client: int = 0
+    public: Tensor | None = None
+    """Public images in the model's input space."""
+    state: dict[str, Tensors] = field(default_factory=dict)
+    """Kept between the rounds of one client, such as error-feedback residuals."""
+
+
+class Counter:
+    """What an attacker who knows a defense does about it. The base class does nothing: the naive attacker.
+
+    ``truth_loss`` says what the matching loss is at the true batch: ``"zero"``, ``"law"`` (what `expected_truth_loss`
+    predicts) or ``"none"`` (unknown).
+    """
+
+    name: str = "naive"
+    needs: frozenset[Field] = frozenset()
+    truth_loss: Literal["zero", "law", "none"] = "none"
+    then: Any = None
+    """A second attack on what the first one found, where the defense calls for it."""
+
+    def facts(self, task: Task, seen: tuple[Observation, ...]) -> Tensors:
+        """Worked out once from the observations: a mask, a norm, a noise scale."""
+        return {}
+
+    def unknowns(self, task: Task, seen: tuple[Observation, ...], key: Key) -> Tensors:
+        """Start values of what joins the optimisation: concealed dummies, latents."""
+        return {}
+
+    def believe(self, gradient: GradFn, facts: Tensors, unknowns: Tensors) -> GradFn:
+        """How this client is thought to compute its gradient."""
+        return gradient
+
+    def compare(self, simulated: Tensors, observed: Tensors, facts: Tensors) -> tuple[Tensors, Tensors]:
+        """What of the simulated and of the observed update is compared, before the distance."""
+        return simulated, observed
+
+    def expected_truth_loss(self, observed: Tensors) -> tuple[float, float]:
+        """Mean and standard deviation of the normalised squared distance at the truth, where ``truth_loss`` is "law"."""
+        raise NotImplementedError(f"counter '{self.name}' has no noise law")
+
+
+class Defense:
+    """What a client does to protect a batch. Override the hooks that the defense acts on."""
+
+    def on_task(self, task: Task) -> Task:
+        """Change the model itself; the attacker sees the result."""
+        return task
+
+    def on_loss(self, loss: Tensor, trace: Trace, batch: Batch, ctx: Context) -> Tensor:
+        """Change the training objective, a scalar."""
+        return loss
+
+    def on_gradient(self, gradient: GradFn, ctx: Context) -> GradFn:
+        """Wrap the gradient computation of every local step."""
+        return gradient
+
+    def on_update(self, update: Tensors, ctx: Context) -> Tensors:
+        """Change what leaves the client."""
+        return update
+
+    def counters(self) -> tuple[Counter, ...]:
+        """What attackers who know this defense do about it."""
+        return ()
+
+
+@dataclass(frozen=True)
+class Chain(Defense):
+    """Defenses one after another: the first acts first on the update."""
+
+    links: tuple[Defense, ...] = ()
+
+    def on_task(self, task: Task) -> Task:
+        """Each link's change to the model, in order."""
+        for link in self.links:
+            task = link.on_task(task)
+        return task
+
+    def on_loss(self, loss: Tensor, trace: Trace, batch: Batch, ctx: Context) -> Tensor:
+        """Each link's change to the objective, in order."""
+        for link in self.links:
+            loss = link.on_loss(loss, trace, batch, ctx)
+        return loss
+
+    def on_gradient(self, gradient: GradFn, ctx: Context) -> GradFn:
+        """Each link's wrapper; the first is innermost."""
+        for i, link in enumerate(self.links):
+            gradient = link.on_gradient(gradient, self._own(ctx, i))
+        return gradient
+
+    def on_update(self, update: Tensors, ctx: Context) -> Tensors:
+        """Each link's change to the update, in order."""
+        for i, link in enumerate(self.links):
+            update = link.on_update(update, self._own(ctx, i))
+        return update
+
+    def counters(self) -> tuple[Counter, ...]:
+        """Every combination of one counter from each link that has any."""
+        known = [link.counters() for link in self.links if link.counters()]
+        return tuple(CounterChain(parts) for parts in itertools.product(*known)) if known else ()
+
+    @staticmethod
+    def _own(ctx: Context, position: int) -> Context:
+        """The context of one link: two noises in a chain must not be the same noise."""
+        key = fold_in(ctx.key, f"link {position}")
+        return Context(ctx.task, ctx.weights, key, ctx.round, ctx.step, ctx.client, ctx.public, ctx.state)
+
+
+def chain(*defenses: Defense) -> Defense:
+    """Several defenses as one; ``chain(a)`` is ``a`` and ``chain()`` leaves everything unchanged."""
+    return defenses[0] if len(defenses) == 1 else Chain(tuple(defenses))
+
+
+class CounterChain(Counter):
+    """Counters of a chain of defenses as one; they compare in reverse, undoing what the client did last first."""
+
+    def __init__(self, parts: tuple[Counter, ...]) -> None:
+        self.parts = parts
+        self.name = "+".join(part.name for part in parts)
+        self.needs = frozenset[Field]().union(*(part.needs for part in parts))
+        laws = {part.truth_loss for part in parts}
+        self.truth_loss = "zero" if laws == {"zero"} else "none"
+
+    def facts(self, task: Task, seen: tuple[Observation, ...]) -> Tensors:
+        """Facts of all parts, prefixed with their position."""
+        return {f"{i}.{k}": v for i, part in enumerate(self.parts) for k, v in part.facts(task, seen).items()}
+
+    def unknowns(self, task: Task, seen: tuple[Observation, ...], key: Key) -> Tensors:
+        """Unknowns of all parts, prefixed with their position."""
+        parts = enumerate(self.parts)
+        return {f"{i}.{k}": v for i, part in parts for k, v in part.unknowns(task, seen, fold_in(key, i)).items()}
+
+    def believe(self, gradient: GradFn, facts: Tensors, unknowns: Tensors) -> GradFn:
+        """Each part's belief, in the client's order."""
+        for i, part in enumerate(self.parts):
+            gradient = part.believe(gradient, strip_prefix(facts, f"{i}."), strip_prefix(unknowns, f"{i}."))
+        return gradient
+
+    def compare(self, simulated: Tensors, observed: Tensors, facts: Tensors) -> tuple[Tensors, Tensors]:
+        """Each part's comparison, last defense first."""
+        for i, part in reversed(list(enumerate(self.parts))):
+            simulated, observed = part.compare(simulated, observed, strip_prefix(facts, f"{i}."))
+        return simulated, observed
+
+
+def strip_prefix(tensors: Tensors, prefix: str) -> Tensors:
+    """The entries whose name begins with ``prefix``, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def defended_gradient(task: Task, defense: Defense, ctx: Context) -> GradFn:
+    """How a client under ``defense`` turns a batch into a gradient."""
+
+    def gradient(weights: Weights, batch: Batch, key: Key) -> Tensors:
+        def objective(params: Tensors) -> Tensor:
+            trace = task.trace(Weights(params, weights.buffers), batch.inputs)
+            loss = (batch.share * task.loss(trace.logits, batch.targets)).sum()
+            return defense.on_loss(loss, trace, batch, ctx)
+
+        return grad(objective)(weights.params)
+
+    return defense.on_gradient(gradient, ctx)

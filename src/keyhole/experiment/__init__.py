@@ -1,0 +1,1 @@
+"""From an audit file to stored outcomes: spec, plan, run, store."""

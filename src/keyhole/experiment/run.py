@@ -1,0 +1,216 @@
+"""Run a group of trials: secrets in, outcomes out. The secret reaches `observe` and the scorer, nothing between."""
+
+from __future__ import annotations
+
+import math
+import time
+import traceback
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from keyhole.core.attack import Attack, IterativeAttack
+from keyhole.core.defense import Defense
+from keyhole.core.keys import fold_in, new_key, normal
+from keyhole.core.metric import Metric
+from keyhole.core.registry import ATTACKS, METRICS
+from keyhole.core.task import Task
+from keyhole.core.tensors import flatten
+from keyhole.core.threat import ThreatModel, observe
+from keyhole.core.trial import Outcome, Status, Trial
+from keyhole.core.types import Batch, Observation, Weights
+from keyhole.errors import Refused
+from keyhole.experiment.controls import class_mean, neighbours, noise_update
+from keyhole.experiment.plan import Group, base_attacker, build_defense, find_counter
+from keyhole.experiment.setup import Setup
+from keyhole.metrics.identify import ENOUGH_CANDIDATES, identified
+from keyhole.metrics.matching import assign
+from keyhole.parts.labels import multiset_overlap
+from keyhole.solve.drive import Paused, Watch, solve
+from keyhole.solve.lift import Shared, lift
+
+START_JITTER = 0.01
+"""Standard deviation, in pixels, of the noise on public start images: an exactly flat image has no direction."""
+
+
+@dataclass
+class GroupResult:
+    """Outcomes of a group, and the matched reconstructions behind them by trial hash, (b, c, h, w) in [0, 1]."""
+
+    outcomes: list[Outcome]
+    reconstructions: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one trial produced, before it is scored."""
+
+    guesses: Tensor
+    """Pixels, (r, c, h, w) in [0, 1]."""
+    targets: Tensor | None
+    status: Status
+    evaluations: int
+    history: tuple[tuple[int, float], ...] = ()
+    facts: dict[str, float] = field(default_factory=dict)
+    detail: str = ""
+
+
+def run_group(group: Group, setup: Setup, watch: Watch | None = None) -> GroupResult:
+    """Run all trials of a group; whatever goes wrong becomes their status.
+
+    Raises:
+        Paused: the watch asked to stop. Nothing else, short of an interrupt.
+    """
+    began = time.perf_counter()
+    try:
+        answers = _answers(group, setup, watch or Watch())
+    except Paused:
+        raise
+    except Refused as error:
+        return _without_result(group, "refused", str(error), began)
+    except Exception:
+        return _without_result(group, "failed", traceback.format_exc(limit=8), began)
+    seconds = (time.perf_counter() - began) / len(group.trials)
+    result = GroupResult([])
+    for trial, answer in zip(group.trials, answers, strict=True):
+        _score(result, trial, answer, setup, seconds)
+    if group.others:
+        guesses = neighbours(torch.stack([answer.guesses for answer in answers]))
+        for trial, answer, guess in zip(group.others, answers, guesses, strict=True):
+            _score(result, trial, replace(answer, guesses=guess, targets=None, evaluations=0, history=()), setup, 0.0)
+    return result
+
+
+def _without_result(group: Group, status: Status, detail: str, began: float) -> GroupResult:
+    seconds = (time.perf_counter() - began) / len(group.trials)
+    return GroupResult([Outcome(t, status, {}, seconds, 0, detail) for t in (*group.trials, *group.others)])
+
+
+def _answers(group: Group, setup: Setup, watch: Watch) -> list[Answer]:
+    first = group.trials[0]
+    if first.attacker == "control:class_mean":
+        return [_class_mean(trial, setup) for trial in group.trials]
+    defense = build_defense(first.defense)
+    attack: Attack = ATTACKS.build(first.attack.name, **first.attack.asdict())
+    is_check = first.attacker == "check:truth"
+    knows = base_attacker(defense) if is_check or first.attacker.startswith("control:") else first.attacker
+    counter = find_counter(defense, knows)
+    sees = frozenset(first.sees) | (attack.needs & {"targets"} if is_check else frozenset())
+    missing = (attack.needs | counter.needs) - sees
+    if missing:
+        raise Refused(f"'{first.attack.name}' ({first.attacker}) needs {', '.join(sorted(missing))}, which this attacker does not see.")
+    threat = ThreatModel(batch_size=first.batch_size, sees=sees, counter=counter)  # type: ignore[arg-type]
+    task, weights = defense.on_task(setup.task), setup.weights[first.seed]
+    shared = Shared(weights)
+    own_keys = [fold_in(new_key(t.seed), f"{t.pool} {t.episode}") for t in group.trials]
+    keys = torch.stack(own_keys).to(setup.device)
+    client = lift(lambda key: fold_in(key, "client"), shared)(keys)
+    attacker = lift(lambda key: fold_in(key, "attacker"), shared)(keys)
+
+    secret = _secret(group.trials, setup)
+    images = _start_images(attack, group.trials, setup, attacker)
+    if is_check:
+        images = torch.cat([batch.inputs for batch in secret], 1)[:, None]
+    observations = _see(task, threat, defense, weights, secret, client, shared)
+    facts = _facts(observations)
+    if first.attacker == "control:prior_only":
+        observations = tuple(_without_signal(o, attacker, shared) for o in observations)
+    watch = replace(watch, limit=first.limit)
+    solved = solve(attack, task, threat, observations, images, attacker, shared, watch)
+    return [
+        Answer(
+            guesses=task.bounds.to_pixels(one.reconstruction.inputs).detach(),
+            targets=one.reconstruction.targets,
+            status=one.status,
+            evaluations=one.evaluations,
+            history=one.history,
+            facts=fact,
+            detail="" if math.isfinite(fact["update_norm"]) else "the update holds values that are not finite",
+        )
+        for one, fact in zip(solved, facts, strict=True)
+    ]
+
+
+def _see(
+    task: Task,
+    threat: ThreatModel,
+    defense: Defense,
+    weights: Weights,
+    secret: tuple[Batch, ...],
+    keys: Tensor,
+    shared: Shared,
+) -> tuple[Observation, ...]:
+    """`observe`, lifted over a group."""
+    return lift(lambda batches, key: observe(task, threat, defense, weights, batches, key), shared)(secret, keys)
+
+
+def _secret(trials: tuple[Trial, ...], setup: Setup) -> tuple[Batch, ...]:
+    """The private batches of a group, one a round, with a leading trial axis."""
+    size = trials[0].batch_size
+    pool = setup.pool(trials[0].pool)
+    rows = torch.tensor([t.episode for t in trials]).reshape(len(trials), -1, size)
+    pixels, labels = setup.images(pool), pool.labels.to(setup.device)
+    share = torch.full((len(trials), size), 1.0 / size, dtype=setup.dtype, device=setup.device)
+    batches = []
+    for turn in range(rows.shape[1]):
+        own = rows[:, turn].to(setup.device)
+        # Sorted by class, as the threat model's given labels are, so that the self-test starts at a truth in order.
+        own = own.gather(1, labels[own].argsort(dim=1, stable=True))
+        targets = torch.nn.functional.one_hot(labels[own], setup.task.num_classes).to(setup.dtype)
+        batches.append(Batch(setup.task.bounds.from_pixels(pixels[own]), targets, share.clone()))
+    return tuple(batches)
+
+
+def _start_images(attack: Attack, trials: tuple[Trial, ...], setup: Setup, keys: Tensor) -> Tensor | None:
+    """Public start images (trials, starts, r, *shape), or `None` where the attack starts from noise."""
+    if not isinstance(attack, IterativeAttack) or attack.initial == "random":
+        return None
+    public = setup.images(setup.data.public)
+    flat = public.mean(0) if attack.initial == "mean" else torch.full_like(public[0], 0.5)
+    shape = (attack.restarts, len(trials[0].episode), *flat.shape)
+    noise = lift(lambda key: normal(fold_in(key, "start images"), shape, setup.dtype), Shared())(keys)
+    return setup.task.bounds.from_pixels(flat + START_JITTER * noise)
+
+
+def _without_signal(observation: Observation, keys: Tensor, shared: Shared) -> Observation:
+    noise = lift(lambda update, key: noise_update(update, fold_in(key, "prior only")), shared)
+    return observation._replace(update=noise(observation.update, keys))
+
+
+def _facts(observations: tuple[Observation, ...]) -> list[dict[str, float]]:
+    """Norm and share of zeros of each trial's first update."""
+    update = observations[0].update
+    if update is None:
+        return []
+    flat = lift(flatten, Shared())(update)
+    norms, zeros = flat.norm(dim=1).tolist(), (flat == 0).double().mean(1).tolist()
+    return [{"update_norm": n, "zeros": z} for n, z in zip(norms, zeros, strict=True)]
+
+
+def _class_mean(trial: Trial, setup: Setup) -> Answer:
+    labels = setup.pool(trial.pool).labels[list(trial.episode)]
+    public = setup.data.public
+    return Answer(class_mean(setup.images(public), public.labels, labels), None, "converged", 0)
+
+
+def _score(result: GroupResult, trial: Trial, answer: Answer, setup: Setup, seconds: float) -> None:
+    """Match guesses to secrets once, then compute every metric under that assignment."""
+    pool = setup.pool(trial.pool)
+    rows = list(trial.episode)
+    truth = setup.images(pool)[rows]
+    guess = answer.guesses[assign(answer.guesses, truth)]
+    metrics: dict[str, list[float]] = {}
+    for card in METRICS:
+        metric: Metric = card.factory()
+        metrics[card.name] = metric(guess, truth).tolist()
+    if answer.targets is not None and trial.attacker.partition(":")[0] in ("naive", "adaptive"):
+        true = torch.nn.functional.one_hot(pool.labels[rows], setup.task.num_classes).to(answer.targets)
+        metrics["label_accuracy"] = [float(multiset_overlap(answer.targets, true))] * len(rows)
+    candidates = setup.data.candidates
+    if len(candidates) >= ENOUGH_CANDIDATES:
+        metrics["identified"] = identified(guess, truth, setup.images(candidates)).tolist()
+    result.outcomes.append(
+        Outcome(trial, answer.status, metrics, seconds, answer.evaluations, answer.detail, answer.facts, answer.history)
+    )
+    result.reconstructions[trial.hash] = guess.detach().cpu().float().contiguous()

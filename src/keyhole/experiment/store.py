@@ -1,0 +1,160 @@
+"""The output folder: what was run, in files that survive an interruption and can be read without Keyhole.
+
+``outcomes.jsonl`` is append-only, one line a trial; a line that was cut off is dropped with a warning and its trial
+done again. All files are readable by their owner alone: they may show what was recovered.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+from torch import Tensor
+
+from keyhole.core.trial import Outcome
+from keyhole.errors import StoreError
+from keyhole.experiment.spec import Experiment, load_experiment
+
+SECRETS = "secrets"
+
+
+class Store:
+    """One output folder. As a context manager it holds the folder, so that two audits cannot mix in it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._lock: int | None = None
+
+    @property
+    def config(self) -> Path:
+        """The resolved audit file."""
+        return self.folder / "config.toml"
+
+    @property
+    def lines(self) -> Path:
+        """The outcomes."""
+        return self.folder / "outcomes.jsonl"
+
+    @property
+    def reconstructions(self) -> Path:
+        """A folder of safetensors files, one a group."""
+        return self.folder / "reconstructions"
+
+    @property
+    def checkpoints(self) -> Path:
+        """A folder of unfinished groups; empty when a run is complete."""
+        return self.folder / "checkpoints"
+
+    def __enter__(self) -> Store:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
+        except OSError as error:
+            raise StoreError(f"cannot write to the output folder '{self.folder}': {error.strerror}.") from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(self._lock)
+            raise StoreError(f"another audit is running in '{self.folder}'; wait for it or choose another --out.") from error
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def claim(self, experiment: Experiment) -> None:
+        """Make the folder this experiment's, or check that it is. Raises `StoreError` for another experiment's."""
+        wanted = experiment.to_toml()
+        if self.config.exists():
+            if self.config.read_text() != wanted:
+                raise StoreError(
+                    f"'{self.folder}' holds another experiment (its config.toml differs); choose another --out "
+                    "or remove the folder."
+                )
+        elif self.lines.exists():
+            raise StoreError(f"'{self.folder}' holds outcomes but no config.toml; choose another --out.")
+        else:
+            self._write(self.config, wanted.encode())
+        for folder in (self.reconstructions, self.checkpoints):
+            folder.mkdir(mode=0o700, exist_ok=True)
+
+    def experiment(self) -> Experiment:
+        """The experiment whose folder this is."""
+        if not self.config.exists():
+            raise StoreError(f"'{self.folder}' holds no audit: there is no config.toml in it.")
+        return load_experiment(str(self.config))
+
+    def outcomes(self) -> dict[str, Outcome]:
+        """All stored outcomes by trial hash. Cuts a half-written last line off, with a warning."""
+        if not self.lines.exists():
+            return {}
+        data = self.lines.read_bytes()
+        whole = data.rfind(b"\n") + 1
+        if whole < len(data):
+            warnings.warn(f"{self.lines}: the last line was cut off; its trial is done again.", stacklevel=2)
+            os.truncate(self.lines, whole)
+        found: dict[str, Outcome] = {}
+        for number, line in enumerate(data[:whole].decode(errors="replace").splitlines(), 1):
+            try:
+                outcome = Outcome.from_json(line)
+            except ValueError as error:
+                raise StoreError(
+                    f"line {number} of '{self.lines}' cannot be read ({error}); delete that line to have its trial done again."
+                ) from error
+            found.setdefault(outcome.trial.hash, outcome)
+        return found
+
+    def append(self, outcomes: Iterable[Outcome]) -> None:
+        """Add outcomes, on disk when this returns."""
+        data = "".join(outcome.to_json() + "\n" for outcome in outcomes).encode()
+        handle = os.open(self.lines, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        with os.fdopen(handle, "ab") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def keep_images(self, name: str, images: dict[str, Tensor]) -> None:
+        """Write a safetensors file of images under the reconstructions folder, atomically."""
+        from safetensors.torch import save
+
+        self._write(self.reconstructions / f"{name}.safetensors", save(images))
+
+    def images(self) -> tuple[dict[str, np.ndarray], dict[int, np.ndarray] | None]:
+        """Stored reconstructions by trial hash, and the secrets by row of the target pool where they were kept."""
+        from safetensors import SafetensorError
+        from safetensors.numpy import load_file
+
+        found: dict[str, np.ndarray] = {}
+        secrets: dict[int, np.ndarray] | None = None
+        for path in sorted(self.reconstructions.glob("*.safetensors")):
+            try:
+                tensors = load_file(path)
+            except SafetensorError as error:
+                raise StoreError(f"'{path}' is damaged ({error}); remove it to do without its pictures.") from error
+            if path.stem == SECRETS:
+                secrets = {int(row): image for row, image in tensors.items()}
+            else:
+                found.update(tensors)
+        return found, secrets
+
+    def write_text(self, name: str, text: str) -> Path:
+        """Write a file of the report, atomically, and return its path."""
+        path = self.folder / name
+        self._write(path, text.encode())
+        return path
+
+    @staticmethod
+    def _write(path: Path, data: bytes) -> None:
+        partial = path.with_name(path.name + ".partial")
+        handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)

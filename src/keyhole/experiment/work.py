@@ -1,0 +1,186 @@
+"""Run groups: on a CPU in worker processes with one torch thread each, on a GPU in this process.
+
+One thread each, because threads of several processes on few cores fight: on a busy 2-core machine two threads were 20
+to 80 times slower than one. What runs where never changes a result.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.connection
+import os
+import queue
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from keyhole.errors import KeyholeError
+from keyhole.experiment.plan import Group
+from keyhole.experiment.run import GroupResult, run_group
+from keyhole.experiment.setup import Setup, prepare
+from keyhole.experiment.spec import Experiment
+from keyhole.solve.drive import Paused, Watch
+
+Report = Callable[[Group, float], None]
+"""Told how far a group is, in [0, 1]."""
+
+
+def available_cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def run_groups(
+    experiment: Experiment,
+    setup: Setup,
+    groups: list[Group],
+    checkpoints: Path,
+    jobs: int,
+    deadline: float | None,
+    report: Report,
+) -> Iterator[tuple[Group, GroupResult]]:
+    """Results as groups finish, in any order.
+
+    Args:
+        experiment: what the groups belong to; workers load it anew.
+        setup: the same, loaded in this process.
+        groups: what to run.
+        checkpoints: folder for the state of unfinished groups.
+        jobs: worker processes; 1 runs here. On a GPU always 1.
+        deadline: `time.time()` at which to stop; unfinished groups keep their checkpoint.
+        report: progress.
+
+    Raises:
+        Paused: the deadline passed before all groups were done.
+    """
+    if jobs == 1 or setup.device.type != "cpu" or len(groups) == 1:
+        with _one_thread(setup.device):
+            for group in groups:
+                watch = Watch(
+                    checkpoint=_checkpoint(checkpoints, group),
+                    progress=partial(report, group),
+                    paused=lambda: _passed(deadline),
+                )
+                if _passed(deadline):
+                    raise Paused
+                yield group, run_group(group, setup, watch)
+        return
+    yield from _in_processes(experiment, groups, checkpoints, jobs, deadline, report)
+
+
+def _in_processes(
+    experiment: Experiment,
+    groups: list[Group],
+    checkpoints: Path,
+    jobs: int,
+    deadline: float | None,
+    report: Report,
+) -> Iterator[tuple[Group, GroupResult]]:
+    spawn = multiprocessing.get_context("spawn")
+    news: Any = spawn.Queue()
+    by_hash = {group.hash: group for group in groups}
+    pool = ProcessPoolExecutor(
+        min(jobs, len(groups)), spawn, _start_worker, (experiment, str(checkpoints), deadline, news)
+    )
+    try:
+        running: dict[Future[GroupResult], Group] = {pool.submit(_work, group): group for group in groups}
+        paused = False
+        while running:
+            finished, _ = wait(running, timeout=0.3, return_when=FIRST_COMPLETED)
+            for name, fraction in _drain(news):
+                report(by_hash[name], fraction)
+            for future in finished:
+                group = running.pop(future)
+                try:
+                    yield group, future.result()
+                except Paused:
+                    paused = True  # the other workers see the same deadline; wait for their checkpoints
+        if paused:
+            raise Paused
+    except BrokenProcessPool as error:
+        raise KeyholeError(
+            "a worker process was killed, perhaps for want of memory; run the same command again to go on, "
+            "with fewer --jobs or a smaller run.group."
+        ) from error
+    finally:
+        # On an interrupt nothing that still waits may begin; what runs keeps its last checkpoint.
+        processes = list((getattr(pool, "_processes", None) or {}).values())
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.join(5)
+
+
+def _drain(news: Any) -> Iterator[tuple[str, float]]:
+    while True:
+        try:
+            yield news.get_nowait()
+        except queue.Empty:
+            return
+
+
+_worker: dict[str, Any] = {}
+
+
+def _start_worker(experiment: Experiment, checkpoints: str, deadline: float | None, news: Any) -> None:
+    """Load what all trials share, once in each worker."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    torch.set_num_threads(1)
+    _worker.update(
+        setup=prepare(experiment, torch.device("cpu")), checkpoints=Path(checkpoints), deadline=deadline, news=news
+    )
+
+
+def _die_with_parent() -> None:
+    """A parent that was killed cannot stop its workers, and nobody would take their results."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+
+def _work(group: Group) -> GroupResult:
+    deadline, last = _worker["deadline"], [0.0]
+
+    def progress(fraction: float) -> None:
+        if time.monotonic() - last[0] > 0.5:
+            last[0] = time.monotonic()
+            _worker["news"].put((group.hash, fraction))
+
+    if _passed(deadline):
+        raise Paused
+    watch = Watch(
+        checkpoint=_checkpoint(_worker["checkpoints"], group), progress=progress, paused=lambda: _passed(deadline)
+    )
+    return run_group(group, _worker["setup"], watch)
+
+
+def _checkpoint(folder: Path, group: Group) -> Path:
+    return folder / f"{group.hash}.safetensors"
+
+
+def _passed(deadline: float | None) -> bool:
+    return deadline is not None and time.time() >= deadline
+
+
+@contextmanager
+def _one_thread(device: torch.device) -> Iterator[None]:
+    """One torch thread while running on a CPU, so that ``--jobs 1`` computes what a worker would."""
+    before = torch.get_num_threads()
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,1 @@
+"""Pure functions that methods combine: distances, penalties, label rules, search spaces."""

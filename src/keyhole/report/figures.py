@@ -1,0 +1,164 @@
+"""Pictures and curves of the report, each as a data URI so that the page needs no other file."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from PIL import Image
+
+from keyhole.report.summarize import LEAK_SSIM, Group, is_attack
+
+LARGEST = 160
+"""Pixels; larger pictures are embedded reduced, because the page shows no more."""
+THIN_LINES = 24
+"""Single loss histories drawn for one attacker."""
+
+_ADAPTIVE = ("#c8501e", "#a23b8f", "#8a6d00", "#7a3b1e")
+_DASHES = {"control:prior_only": (0, (5, 2)), "control:other_client": (0, (1.5, 1.5))}
+_OTHER_DASH = (0, (7, 2, 1.5, 2))
+_STYLE = {
+    "font.size": 8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 8.5,
+    "axes.edgecolor": "#8a94a0",
+    "axes.labelcolor": "#333a42",
+    "xtick.color": "#333a42",
+    "ytick.color": "#333a42",
+    "legend.frameon": False,
+    "legend.fontsize": 7.5,
+    # Without a fixed salt the ids inside an SVG, and with them the whole page, would differ from run to run.
+    "svg.hashsalt": "keyhole",
+}
+
+
+def picture(image: NDArray[np.floating]) -> str:
+    """A PNG of one image.
+
+    Args:
+        image: (c, h, w) in [0, 1]; anything but three channels is shown as its first channel. NaN becomes black.
+
+    Returns:
+        A data URI.
+    """
+    pixels = np.round(np.clip(np.nan_to_num(image), 0, 1) * 255).astype(np.uint8)
+    drawn = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)) if len(pixels) == 3 else pixels[0])
+    if max(drawn.size) > LARGEST:
+        drawn.thumbnail((LARGEST, LARGEST))
+    buffer = io.BytesIO()
+    drawn.save(buffer, "PNG")
+    return _uri("image/png", buffer)
+
+
+def _uri(kind: str, buffer: io.BytesIO) -> str:
+    return f"data:{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _axes() -> tuple[Figure, Axes]:
+    # A figure for each panel, rather than subplots, so that the page can arrange them for its width. No pyplot: it
+    # keeps every figure alive and would choose a backend for the whole process.
+    figure = Figure(figsize=(3.9, 3.0), layout="constrained")
+    axes = figure.add_subplot()
+    axes.grid(color="#e4e8ec", linewidth=0.6)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def _finish(figure: Figure, axes: Axes) -> str:
+    if axes.get_legend_handles_labels()[1]:
+        figure.legend(loc="outside lower center", ncols=2, handlelength=2.6)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return _uri("image/svg+xml", buffer)
+
+
+def _colors(groups: Sequence[Group]) -> dict[str, str]:
+    """Blue for naive, warm colours for adaptive attackers, gray for controls."""
+    adaptive = [group.attacker for group in groups if group.attacker.startswith("adaptive:")]
+    warm = {name: _ADAPTIVE[i % len(_ADAPTIVE)] for i, name in enumerate(adaptive)}
+    return {"naive": "#1f5fa8", **warm}
+
+
+def leak_curve(groups: Sequence[Group]) -> str:
+    """Share of images at or above each SSIM, one line for each attacker of a cell; controls are dashed.
+
+    Args:
+        groups: the attackers and controls of one cell.
+
+    Returns:
+        A data URI with an SVG.
+    """
+    thresholds = np.linspace(0, 1, 201)
+    colors = _colors(groups)
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _axes()
+        axes.axvline(LEAK_SSIM, color="#8a94a0", linewidth=0.9)
+        axes.annotate(f"{LEAK_SSIM:g}", (LEAK_SSIM, 1.0), (2, 2), textcoords="offset points", color="#59636e")
+        for group in groups:
+            if not group.entries or group.attacker.startswith("check:"):
+                continue
+            ssim = np.array([entry.ssim for entry in group.entries.values()])
+            share = (ssim[None, :] >= thresholds[:, None]).mean(1)
+            attack = is_attack(group.attacker)
+            axes.plot(
+                thresholds,
+                share,
+                label=group.attacker,
+                color=colors.get(group.attacker, "#6b747d"),
+                linewidth=1.8 if attack else 1.2,
+                linestyle="-" if attack else _DASHES.get(group.attacker, _OTHER_DASH),
+            )
+        axes.set(xlim=(0, 1), ylim=(-0.02, 1.02), xlabel="SSIM threshold", ylabel="share of images at or above")
+        return _finish(figure, axes)
+
+
+def loss_history(groups: Sequence[Group]) -> str | None:
+    """Best objective so far against evaluations: thin lines for single trials, a thick one for their median.
+
+    Args:
+        groups: the attackers of one cell.
+
+    Returns:
+        A data URI with an SVG; `None` where no history has a finite value.
+    """
+    colors = _colors(groups)
+    smallest = np.inf
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _axes()
+        for group in groups:
+            grid, values = _histories(group)
+            if not grid.size:
+                continue
+            color = colors.get(group.attacker, "#6b747d")
+            step = max(1, -(-len(values) // THIN_LINES))
+            for line in values[::step]:
+                axes.plot(grid, line, color=color, linewidth=0.5, alpha=0.35)
+            axes.plot(grid, np.nanmedian(values, axis=0), color=color, linewidth=2, label=group.attacker)
+            smallest = min(smallest, float(np.nanmin(values)))
+        if not np.isfinite(smallest):
+            return None
+        # A cosine distance can come out at or below zero; a log axis would silently drop it.
+        axes.set_yscale("log" if smallest > 0 else "symlog", **({} if smallest > 0 else {"linthresh": 1e-6}))
+        axes.set(xlabel="evaluations of the objective", ylabel="best objective so far")
+        return _finish(figure, axes)
+
+
+def _histories(group: Group) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """A grid of evaluations, and each trial's best value so far on it: held after its end, NaN before its start."""
+    lines = [np.array([p for p in o.history if np.isfinite(p[1])], dtype=np.float64) for o in group.outcomes]
+    lines = [line[np.argsort(line[:, 0], kind="stable")] for line in lines if len(line)]
+    if not lines:
+        return np.empty(0), np.empty((0, 0))
+    grid = np.unique(np.linspace(min(line[0, 0] for line in lines), max(line[-1, 0] for line in lines), 120))
+    values = np.full((len(lines), grid.size), np.nan)
+    for held, line in zip(values, lines, strict=True):
+        last = np.searchsorted(line[:, 0], grid, side="right") - 1
+        held[last >= 0] = line[last[last >= 0], 1]
+    return grid, values

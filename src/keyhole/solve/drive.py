@@ -1,0 +1,365 @@
+"""The lifted loop: start, evaluate, step, judge, restart, decode, for a group of trials at once.
+
+The loop owns what attacks must not each write again: the best iterate, divergence, stalls, restarts, budgets, history
+and checkpoints. It never sees a secret. Every `CHECK` evaluations it judges each trial on the host and drops those that
+have ended, so that the group shrinks to what still runs; between two looks nothing waits for the device.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.func import grad_and_value
+from torch.utils import _pytree as pytree
+
+from keyhole.core.attack import Attack, DirectAttack, IterativeAttack
+from keyhole.core.keys import advance, fold_in
+from keyhole.core.task import Task
+from keyhole.core.tensors import flatten, unflatten
+from keyhole.core.threat import ThreatModel
+from keyhole.core.trial import Status
+from keyhole.core.types import Candidate, Key, Observation, Reconstruction, Seen
+from keyhole.solve.checkpoint import load_checkpoint, save_checkpoint
+from keyhole.solve.lift import Shared, lift, take
+
+CHECK = 10
+"""Evaluations between two looks at a group. Part of the result: ends of trials fall on this grid."""
+
+CHECKPOINT_SECONDS = 30.0
+HISTORY_POINTS = 60
+
+
+class Paused(Exception):  # noqa: N818  (not an error: the run was asked to stop and can go on)
+    """The loop was asked to stop; its checkpoint is written."""
+
+
+class Solved(NamedTuple):
+    """What the engine says of one trial."""
+
+    reconstruction: Reconstruction
+    status: Status
+    evaluations: int
+    history: tuple[tuple[int, float], ...]
+
+
+class Best(NamedTuple):
+    """The best iterate of one trial: by objective within a start, by score between starts."""
+
+    x: Tensor
+    objective: Tensor
+    score: Tensor
+
+
+@dataclass
+class Lane:
+    """Host-side account of one trial that still runs."""
+
+    trial: int
+    start: int = 0
+    local: int = 0
+    """Evaluations in this start."""
+    evaluations: int = 0
+    mark: float = math.inf
+    """Objective at the last stall check."""
+    marked: int = 0
+    history: list[tuple[int, float]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Watch:
+    """How a caller follows, limits and resumes a group."""
+
+    limit: int = 0
+    """Most evaluations of one trial, all starts together; 0: the attack's own budget."""
+    checkpoint: Path | None = None
+    """Where to keep the state of an unfinished group."""
+    progress: Callable[[float], None] = lambda fraction: None
+    """Told the finished share of the group, in [0, 1]."""
+    paused: Callable[[], bool] = lambda: False
+    """Asked at every look whether to stop; the checkpoint is written first."""
+
+
+def solve(
+    attack: Attack,
+    task: Task,
+    threat: ThreatModel,
+    observations: tuple[Observation, ...],
+    images: Tensor | None,
+    keys: Tensor,
+    shared: Shared,
+    watch: Watch | None = None,
+) -> list[Solved]:
+    """Run an attack on a group of trials.
+
+    Args:
+        attack: the method, written for one trial.
+        task: what the clients train, as the defense changed it.
+        threat: what the attacker knows, its counter included.
+        observations: what the attacker saw, with a leading trial axis.
+        images: public start images, (trials, starts, r, *input_shape), or `None` for random starts.
+        keys: the attacker's randomness, (trials, 2).
+        shared: leaves that all trials have in common.
+        watch: progress, limits and checkpoint.
+
+    Returns:
+        One `Solved` for each trial, in order.
+    """
+    watch = watch or Watch()
+
+    def infer(seen: tuple[Observation, ...], key: Key) -> Seen:
+        facts = attack.infer(task, threat, seen, fold_in(key, "infer"))
+        known = threat.counter.facts(task, seen)
+        return Seen(seen, {**facts, **{f"counter.{name}": value for name, value in known.items()}})
+
+    seen = lift(infer, shared)(observations, keys)
+    if isinstance(attack, DirectAttack):
+        answers = lift(lambda s, k: attack.reconstruct(task, threat, s, k), shared)(seen, keys)
+        count = keys.shape[0]
+        return [Solved(_at(answers, i), "converged", 1, ()) for i in range(count)]
+    if not isinstance(attack, IterativeAttack):
+        raise TypeError(f"{type(attack).__name__} is neither a direct nor an iterative attack")
+    return _Loop(attack, task, threat, seen, images, keys, shared, watch).run()
+
+
+class _Loop:
+    """One run of the lifted loop; see the module's docstring."""
+
+    def __init__(
+        self,
+        attack: IterativeAttack,
+        task: Task,
+        threat: ThreatModel,
+        seen: Seen,
+        images: Tensor | None,
+        keys: Tensor,
+        shared: Shared,
+        watch: Watch,
+    ) -> None:
+        self.attack, self.task, self.threat, self.shared, self.watch = attack, task, threat, shared, watch
+        self.optimizer = attack.optimizer
+        self.seen, self.all_seen, self.keys = seen, seen, keys
+        candidates = [
+            self._begin(seen, None if images is None else images[:, i], keys, i) for i in range(attack.restarts)
+        ]
+        self.shapes = {name: tuple(value.shape[1:]) for name, value in candidates[0].items()}
+        self.starts = torch.stack([lift(flatten, shared)(candidate) for candidate in candidates])
+        # Cloned: leaves that vmap only expanded share memory between trials and cannot be written in place.
+        self.state = pytree.tree_map(torch.clone, lift(self.optimizer.init, shared)(self.starts[0]))
+        self.best = self._no_best(self.starts[0])
+        self.champion = self._no_best(self.starts[0])
+        self.lanes = [Lane(i) for i in range(keys.shape[0])]
+        self.tick = 0
+        self.ended: dict[int, tuple[Status, Lane]] = {}
+        self.results = self._no_best(self.starts[0])
+        self.saved_at = time.monotonic()
+
+    def _begin(self, seen: Seen, images: Tensor | None, keys: Tensor, number: int) -> Candidate:
+        def begin(seen: Seen, images: Tensor | None, key: Key) -> Candidate:
+            key = fold_in(key, f"start {number}")
+            candidate = self.attack.start(self.task, self.threat, seen, images, key)
+            unknowns = self.threat.counter.unknowns(self.task, seen.observations, fold_in(key, "unknowns"))
+            return {**candidate, **{f"counter.{name}": value for name, value in unknowns.items()}}
+
+        return lift(begin, self.shared)(seen, images, keys)
+
+    @staticmethod
+    def _no_best(x: Tensor) -> Best:
+        never = torch.full((x.shape[0],), math.inf, dtype=x.dtype, device=x.device)
+        return Best(x.clone(), never, never.clone())
+
+    def _step(self, state: Any, best: Best, seen: Seen, key: Key) -> tuple[Any, Best]:
+        """One evaluation and one step, for one trial."""
+
+        def objective(x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.attack.loss(self.task, self.threat, seen, unflatten(x, self.shapes), advance(key, self.tick))
+
+        def project(x: Tensor) -> Tensor:
+            return flatten(self.attack.project(self.task, unflatten(x, self.shapes)))
+
+        x = self.optimizer.propose(state)
+        gradient, (value, score) = grad_and_value(objective, has_aux=True)(x)
+        state = self.optimizer.update(state, value, gradient, self.tick, project)
+        better = value.isfinite() & gradient.isfinite().all() & (value < best.objective)
+        return state, Best(
+            torch.where(better, x, best.x),
+            torch.where(better, value, best.objective),
+            torch.where(better, score, best.score),
+        )
+
+    def run(self) -> list[Solved]:
+        """Loop until every trial has ended, then decode."""
+        total = len(self.lanes)
+        self._resume()
+        step = lift(self._step, self.shared)
+        while self.lanes:
+            self.state, self.best = step(self.state, self.best, self.seen, self.keys)
+            self.tick += 1
+            for lane in self.lanes:
+                lane.local += 1
+                lane.evaluations += 1
+            if self.tick % CHECK == 0 or any(self._spent(lane) for lane in self.lanes):
+                self._look()
+                self.watch.progress(self._fraction(total))
+                self._keep()
+        decoded = self._decode()
+        if self.watch.checkpoint is not None:
+            self.watch.checkpoint.unlink(missing_ok=True)
+        return decoded
+
+    def _spent(self, lane: Lane) -> bool:
+        out_of_budget = self.watch.limit > 0 and lane.evaluations >= self.watch.limit
+        return lane.local >= self.attack.steps or out_of_budget
+
+    def _look(self) -> None:
+        """Judge every running trial: go on, start again, or end."""
+        objectives = self.best.objective.tolist()
+        scores = torch.minimum(self.best.score, self.champion.score).tolist()
+        stuck = self.state.stuck.tolist()
+        ended: list[tuple[int, Status]] = []
+        for i, lane in enumerate(self.lanes):
+            if math.isfinite(scores[i]):
+                lane.history.append((lane.evaluations, scores[i]))
+            reason = self._reason(lane, objectives[i], stuck[i])
+            if reason is not None:
+                ended.append((i, reason))
+        if not ended:
+            return
+        self._crown([i for i, _ in ended])
+        again = [i for i, reason in ended if self._starts_again(self.lanes[i], reason)]
+        done = {i: reason for i, reason in ended if i not in again}
+        if again:
+            self._restart(again)
+        if done:
+            self._drop(done)
+
+    def _reason(self, lane: Lane, objective: float, stuck: bool) -> Status | None:
+        """Why this start has ended, or `None` if it goes on."""
+        attack = self.attack
+        if attack.tolerance > 0 and objective <= attack.tolerance:
+            return "converged"
+        if stuck:
+            return "stalled" if math.isfinite(objective) else "diverged"
+        if attack.patience > 0 and lane.local - lane.marked >= attack.patience:
+            if not objective < lane.mark * (1.0 - attack.min_progress):
+                return "stalled" if math.isfinite(objective) else "diverged"
+            lane.mark, lane.marked = objective, lane.local
+        if self._spent(lane):
+            return "budget" if math.isfinite(objective) else "diverged"
+        return None
+
+    def _starts_again(self, lane: Lane, reason: Status) -> bool:
+        left = lane.start + 1 < self.attack.restarts
+        allowed = self.watch.limit == 0 or lane.evaluations < self.watch.limit
+        return left and allowed and (self.attack.always_restart or reason != "converged")
+
+    def _crown(self, index: list[int]) -> None:
+        """The best of all starts so far, by score without priors."""
+        for i in index:
+            if bool(self.best.score[i] < self.champion.score[i]):
+                for mine, theirs in zip(self.champion, self.best, strict=True):
+                    mine[i] = theirs[i]
+
+    def _restart(self, index: list[int]) -> None:
+        for i in index:
+            lane = self.lanes[i]
+            lane.start, lane.local, lane.mark, lane.marked = lane.start + 1, 0, math.inf, 0
+        where = torch.tensor(index, device=self.keys.device)
+        xs = torch.stack([self.starts[self.lanes[i].start, self.lanes[i].trial] for i in index])
+        renewed = lift(self.optimizer.restart, self.shared)(take(self.state, where, self.shared), xs)
+        for tree, part in ((self.state, renewed), (self.best, self._no_best(xs))):
+            for leaf, new in zip(pytree.tree_leaves(tree), pytree.tree_leaves(part), strict=True):
+                leaf[where] = new
+
+    def _drop(self, done: dict[int, Status]) -> None:
+        for i, reason in done.items():
+            lane = self.lanes[i]
+            if not math.isfinite(float(self.champion.score[i])):
+                reason = "diverged"
+            self.ended[lane.trial] = (reason, lane)
+            for mine, theirs in zip(self.results, self.champion, strict=True):
+                mine[lane.trial] = theirs[i]
+        rest = [i for i in range(len(self.lanes)) if i not in done]
+        self.lanes = [self.lanes[i] for i in rest]
+        if not rest:
+            return
+        where = torch.tensor(rest, device=self.keys.device)
+        self.state, self.best, self.champion, self.seen, self.keys = (
+            take(tree, where, self.shared) for tree in (self.state, self.best, self.champion, self.seen, self.keys)
+        )
+
+    def _fraction(self, total: int) -> float:
+        """Share of the group that is done, each running trial counted by its evaluations."""
+        most = self.watch.limit or self.attack.steps * (self.attack.restarts if self.attack.always_restart else 1)
+        running = sum(min(1.0, lane.evaluations / most) for lane in self.lanes)
+        return (total - len(self.lanes) + running) / total
+
+    def _decode(self) -> list[Solved]:
+        def decode(seen: Seen, best: Best) -> Reconstruction:
+            candidate = unflatten(best.x, self.shapes)
+            return self.attack.decode(self.task, self.threat, seen, candidate, best.score)
+
+        answers = lift(decode, self.shared)(self.all_seen, self.results)
+        solved = []
+        for trial in range(len(self.ended)):
+            status, lane = self.ended[trial]
+            solved.append(Solved(_at(answers, trial), status, lane.evaluations, _thin(lane.history)))
+        return solved
+
+    # Checkpoints. Everything random is a function of keys and ticks, so tensors and counters are the whole state.
+
+    def _keep(self) -> None:
+        paused = self.watch.paused()
+        if self.watch.checkpoint is None:
+            if paused:
+                raise Paused
+            return
+        due = time.monotonic() - self.saved_at >= CHECKPOINT_SECONDS
+        if self.lanes and (due or paused):
+            tensors = pytree.tree_leaves((self.state, self.best, self.champion, self.results))
+            ended = {str(trial): [status, asdict(lane)] for trial, (status, lane) in self.ended.items()}
+            account = {"tick": self.tick, "lanes": [asdict(lane) for lane in self.lanes], "ended": ended}
+            save_checkpoint(self.watch.checkpoint, tensors, json.dumps(account))
+            self.saved_at = time.monotonic()
+        if self.lanes and paused:
+            raise Paused
+
+    def _resume(self) -> None:
+        kept = load_checkpoint(self.watch.checkpoint, self.keys.device) if self.watch.checkpoint else None
+        if kept is None:
+            return
+        tensors, text = kept
+        account = json.loads(text)
+        trees = (self.state, self.best, self.champion, self.results)
+        self.state, self.best, self.champion, self.results = pytree.tree_unflatten(
+            tensors, pytree.tree_structure(trees)
+        )
+        self.tick = account["tick"]
+        self.lanes = [_lane(raw) for raw in account["lanes"]]
+        self.ended = {int(trial): (status, _lane(raw)) for trial, (status, raw) in account["ended"].items()}
+        where = torch.tensor([lane.trial for lane in self.lanes], device=self.keys.device)
+        self.seen, self.keys = take(self.seen, where, self.shared), take(self.keys, where, self.shared)
+
+
+def _lane(raw: dict[str, Any]) -> Lane:
+    return Lane(**{**raw, "history": [(int(k), float(v)) for k, v in raw["history"]]})
+
+
+def _at(tree: Any, index: int) -> Any:
+    return pytree.tree_map(lambda leaf: leaf[index] if isinstance(leaf, Tensor) else leaf, tree)
+
+
+def _thin(history: list[tuple[int, float]]) -> tuple[tuple[int, float], ...]:
+    """At most `HISTORY_POINTS` entries, the first and the last among them."""
+    if len(history) <= HISTORY_POINTS:
+        return tuple(history)
+    last = len(history) - 1
+    chosen = sorted({round(i * last / (HISTORY_POINTS - 1)) for i in range(HISTORY_POINTS)})
+    return tuple(history[i] for i in chosen)

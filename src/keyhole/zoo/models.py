@@ -1,0 +1,318 @@
+"""Small networks of the gradient-inversion literature, and the user's own by import path.
+
+A model file is never unpickled: weights come from safetensors files, architectures from code the user names.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import math
+import os
+import sys
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from keyhole.core.keys import fold_in, new_key
+from keyhole.core.registry import MODELS
+from keyhole.errors import KeyholeError, ModelError, UnknownName, check_range
+
+_GIVEN = ("input_shape", "num_classes")
+"""Arguments that Keyhole fills in; the rest are the user's options."""
+
+
+@MODELS.add(
+    name="lenet_zhu",
+    paper="Zhu, Liu and Han 2019",
+    arxiv="1906.08935",
+    facts={"normalize": False},
+)
+def lenet_zhu(*, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
+    """Three 5x5 convolutions of 12 channels with sigmoids, and a linear head: the network of DLG and iDLG.
+
+    Strides 2, 2 and 1, padding 2, no pooling; every weight and bias is drawn uniformly from [-0.5, 0.5].
+    Reads pixels in [0, 1] without normalisation. The head sees 12 * ceil(h/4) * ceil(w/4) features: 768 for
+    32x32, 588 for 28x28.
+
+    Args:
+        input_shape: (c, h, w).
+        num_classes: number of classes k.
+
+    Returns:
+        A module from (b, c, h, w) to logits (b, k).
+
+    Reference: Zhu, Liu and Han, "Deep Leakage from Gradients", NeurIPS 2019,
+    https://arxiv.org/abs/1906.08935. The paper's own code fixes the head at 768 or 588 inputs; here it fits
+    any size.
+    """
+    channels, height, width = _image(input_shape, "lenet_zhu", least=1)
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    for number, stride in enumerate((2, 2, 1), start=1):
+        layers[f"conv{number}"] = nn.Conv2d(channels, 12, 5, stride=stride, padding=2)
+        layers[f"sigmoid{number}"] = nn.Sigmoid()
+        channels, height, width = 12, math.ceil(height / stride), math.ceil(width / stride)
+    layers["flatten"] = nn.Flatten()
+    layers["head"] = nn.Linear(channels * height * width, num_classes)
+    model = nn.Sequential(layers)
+    for parameter in model.parameters():
+        nn.init.uniform_(parameter, -0.5, 0.5)
+    return model
+
+
+@MODELS.add(
+    name="convnet",
+    paper="Geiping et al. 2020",
+    arxiv="2003.14053",
+    facts={"normalize": True},
+)
+def convnet(*, input_shape: tuple[int, ...], num_classes: int, width: int = 64) -> nn.Module:
+    """Eight 3x3 convolutions with BatchNorm and ReLU, two poolings, a linear head: the net of Geiping et al.
+
+    Channels w, 2w, 2w, 4w, 4w, 4w, pool, 4w, 4w, pool, where each pooling takes the largest of 3x3. The head
+    sees 4w * floor(h/9) * floor(w/9) features: 36w for 32x32. PyTorch's own initialisation.
+
+    Args:
+        input_shape: (c, h, w), sides of at least 9.
+        num_classes: number of classes k.
+        width: channels w of the first convolution, at least 1.
+
+    Returns:
+        A module from (b, c, h, w) to logits (b, k).
+
+    Reference: Geiping, Bauermeister, Droege and Moeller, "Inverting Gradients", NeurIPS 2020,
+    https://arxiv.org/abs/2003.14053. The paper's own code names a ninth layer, but gives it the key of the
+    seventh (``conv6``), so that eight remain; they are numbered from 1 here.
+    """
+    check_range("model.width", width, 1)
+    channels, rows, columns = _image(input_shape, "convnet", least=9)
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    for number, factor in enumerate((1, 2, 2, 4, 4, 4, 4, 4), start=1):
+        layers[f"conv{number}"] = nn.Conv2d(channels, factor * width, 3, padding=1)
+        layers[f"norm{number}"] = nn.BatchNorm2d(factor * width)
+        layers[f"relu{number}"] = nn.ReLU()
+        channels = factor * width
+        if number in (6, 8):
+            layers[f"pool{number}"] = nn.MaxPool2d(3)
+            rows, columns = rows // 3, columns // 3
+    layers["flatten"] = nn.Flatten()
+    layers["head"] = nn.Linear(channels * rows * columns, num_classes)
+    return nn.Sequential(layers)
+
+
+@MODELS.add(
+    name="mlp",
+    paper="Geiping et al. 2020",
+    arxiv="2003.14053",
+    facts={"normalize": True},
+)
+def mlp(*, input_shape: tuple[int, ...], num_classes: int, hidden: int = 1024, layers: int = 3) -> nn.Module:
+    """A fully connected network with ReLU, whose first layer gives its inputs away in closed form.
+
+    Args:
+        input_shape: shape of one input, flattened before the first layer.
+        num_classes: number of classes k.
+        hidden: units of each hidden layer, at least 1.
+        layers: number of hidden layers, at least 1.
+
+    Returns:
+        A module from (b, *input_shape) to logits (b, k).
+
+    Reference: Geiping, Bauermeister, Droege and Moeller, "Inverting Gradients", NeurIPS 2020,
+    https://arxiv.org/abs/2003.14053; 3072-1024-1024-1024-k in the tests of the paper's own code.
+    """
+    check_range("model.hidden", hidden, 1)
+    check_range("model.layers", layers, 1)
+    parts: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
+    inputs = math.prod(input_shape)
+    for number in range(1, layers + 1):
+        parts[f"linear{number}"] = nn.Linear(inputs, hidden)
+        parts[f"relu{number}"] = nn.ReLU()
+        inputs = hidden
+    parts["head"] = nn.Linear(inputs, num_classes)
+    return nn.Sequential(parts)
+
+
+def _image(input_shape: tuple[int, ...], model: str, least: int) -> tuple[int, int, int]:
+    if len(input_shape) != 3 or min(input_shape[1:]) < least or input_shape[0] < 1:
+        raise ModelError(
+            f"model '{model}' was given inputs of shape {tuple(input_shape)}; it needs images (channels, "
+            "height, width) "
+            f"with sides of at least {least} pixels. Set data.size, or choose another model."
+        )
+    channels, height, width = input_shape
+    return channels, height, width
+
+
+def build_model(
+    name_or_factory: str,
+    *,
+    input_shape: tuple[int, ...],
+    num_classes: int,
+    options: dict[str, Any],
+    seed: int,
+) -> nn.Module:
+    """A freshly initialised model, the same for the same seed; torch's global random state is left as it was.
+
+    Args:
+        name_or_factory: a registered name, or ``package.module:factory`` of the user's own code, which is
+            imported with the current directory on the path. Such a factory gets ``input_shape`` and
+            ``num_classes`` only where its signature names them, and never in place of an option of that name.
+        input_shape: shape of one input, usually (c, h, w).
+        num_classes: number of classes.
+        options: the factory's other arguments.
+        seed: which initial weights.
+
+    Raises:
+        ModelError: the factory cannot be imported, fails, or returns something else than a module.
+        UnknownName: no such model, or a registered model has no such option.
+    """
+    given = {"input_shape": tuple(input_shape), "num_classes": num_classes}
+    with _seeded(seed):
+        if ":" in name_or_factory:
+            return _build_own(name_or_factory, given, options)
+        card = MODELS.card(name_or_factory)
+        accepted = [name for name in card.signature().parameters if name not in _GIVEN]
+        for option in options:
+            if option not in accepted:
+                raise UnknownName("option", option, accepted, f"model '{name_or_factory}'")
+        return _called(name_or_factory, card.factory, {**given, **options})
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Torch's CPU generator in a state that follows from the seed, for a while."""
+    high, low = fold_in(new_key(seed), "model").tolist()
+    with torch.random.fork_rng(devices=[]):
+        # Not torch.manual_seed: it also reseeds the generators of accelerators, which are not forked here.
+        torch.default_generator.manual_seed((high << 32) | low)
+        yield
+
+
+def _build_own(path: str, given: dict[str, Any], options: dict[str, Any]) -> nn.Module:
+    with _current_directory_first():
+        factory = _import_factory(path)
+        try:
+            named = inspect.signature(factory).parameters
+        except (TypeError, ValueError):  # some callables written in C do not tell
+            named = {}  # type: ignore[assignment]
+        offered = {name: value for name, value in given.items() if name in named}
+        return _called(path, factory, {**offered, **options})
+
+
+@contextmanager
+def _current_directory_first() -> Iterator[None]:
+    """As ``python -m`` does; a console script has its own folder on the path instead of the user's."""
+    here = os.getcwd()
+    sys.path.insert(0, here)
+    importlib.invalidate_caches()
+    try:
+        yield
+    finally:
+        with suppress(ValueError):  # imported code may have changed the path itself
+            sys.path.remove(here)
+
+
+def _import_factory(path: str) -> Callable[..., Any]:
+    module_name, _, attribute = path.partition(":")
+    if not all(part.isidentifier() for part in (*module_name.split("."), *attribute.split("."))):
+        raise ModelError(f"model factory '{path}' is not of the form 'package.module:function'.")
+    try:
+        found: Any = importlib.import_module(module_name)
+    except (Exception, SystemExit) as error:
+        raise ModelError(
+            f"model factory '{path}': module '{module_name}' cannot be imported ({_cause(error)})."
+        ) from error
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            raise ModelError(f"model factory '{path}': module '{module_name}' has no '{attribute}'.")
+        found = getattr(found, part)
+    if isinstance(found, nn.Module) or not callable(found):
+        kind = type(found).__name__
+        raise ModelError(
+            f"model factory '{path}' is a {kind}; a function (or class) that makes the model is needed."
+        )
+    made: Callable[..., Any] = found
+    return made
+
+
+def _called(name: str, factory: Callable[..., Any], arguments: dict[str, Any]) -> nn.Module:
+    try:
+        model = factory(**arguments)
+    except KeyholeError:
+        raise
+    except (Exception, SystemExit) as error:
+        listed = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
+        raise ModelError(f"model '{name}' called with ({listed}) failed ({_cause(error)}).") from error
+    if not isinstance(model, nn.Module):
+        raise ModelError(
+            f"model factory '{name}' returned a {type(model).__name__}; a torch.nn.Module is needed."
+        )
+    return model
+
+
+def load_state(model: nn.Module, path: Path) -> None:
+    """Load weights and buffers from a safetensors file into ``model``, all of them or none.
+
+    Args:
+        model: changed in place; values are converted to the types of its own tensors.
+        path: a file written by ``safetensors.torch.save_file(model.state_dict(), path)``.
+
+    Raises:
+        ModelError: the file cannot be read, or its names, shapes or values do not fit; the model is then
+            unchanged.
+    """
+    loaded = _read_safetensors(Path(path))
+    expected = model.state_dict()
+    missing, unexpected = sorted(set(expected) - set(loaded)), sorted(set(loaded) - set(expected))
+    if missing:
+        raise ModelError(f"weights file '{path}' lacks {_some(missing)}; it belongs to another model.")
+    if unexpected:
+        raise ModelError(
+            f"weights file '{path}' has {_some(unexpected)}, which the model has not; it belongs to another "
+            "model."
+        )
+    for name, tensor in loaded.items():
+        if tensor.shape != expected[name].shape:
+            shapes = f"{tuple(tensor.shape)}, but the model needs {tuple(expected[name].shape)}"
+            raise ModelError(f"weights file '{path}': '{name}' has shape {shapes}.")
+        if not torch.isfinite(tensor).all():
+            raise ModelError(
+                f"weights file '{path}': '{name}' holds NaN or infinity; the training that wrote it diverged."
+            )
+    model.load_state_dict(loaded, strict=True)
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise KeyholeError(
+            "weights files need the package 'safetensors'; install keyhole again with its dependencies."
+        ) from error
+    if not path.is_file():
+        raise ModelError(f"weights file '{path}' does not exist.")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"weights file '{path}' is not a safetensors file, or is cut off ({_cause(error)}); write one "
+            "with "
+            "safetensors.torch.save_file(model.state_dict(), path). Pickles (.pt, .pth) are never loaded."
+        ) from error
+
+
+def _some(names: list[str]) -> str:
+    return f"'{names[0]}'" if len(names) == 1 else f"'{names[0]}' and {len(names) - 1} more"
+
+
+def _cause(error: BaseException) -> str:
+    """The first line of an error, for a sentence that must stay one."""
+    first = str(error).strip().split("\n")[0].rstrip(".")
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
