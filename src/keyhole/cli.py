@@ -6,6 +6,7 @@ command goes on; 130 interrupted, likewise.
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
 import warnings
@@ -14,6 +15,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -113,29 +115,31 @@ def show_command(name: Annotated[str, typer.Argument(help="The name of a method,
 
 
 def _show(card: Card) -> None:
-    import inspect
-
     out.print(f"[bold]{card.name}[/]  ({card.kind}, version {card.version})")
     if card.paper:
         out.print(f"Source: {card.paper}. {card.link}", highlight=False)
     for known_break in card.known_breaks:
         out.print(f"Known to break it: {known_break}.", highlight=False)
     out.print()
-    out.print(inspect.getdoc(card.factory) or "", markup=False, highlight=False)
+    out.print(inspect.getdoc(card.factory) or "", markup=False, highlight=False, soft_wrap=True)
     knobs = _card(card)["knobs"]
     if knobs:
         table = Table("knob", "type", "default", box=None, padding=(0, 2))
         for knob in knobs:
-            table.add_row(knob["name"], knob["type"], str(knob["default"]))
+            table.add_row(knob["name"], escape(knob["type"]), str(knob["default"]))
         out.print()
         out.print(table)
+
+
+def _type_name(annotation: Any) -> str:
+    return annotation.__name__ if isinstance(annotation, type) else str(annotation).replace("typing.", "")
 
 
 def _card(card: Card) -> dict[str, Any]:
     knobs = [
         {
             "name": name,
-            "type": p.annotation.__name__ if isinstance(p.annotation, type) else str(p.annotation).replace("typing.", ""),
+            "type": _type_name(p.annotation),
             "default": None if p.default is p.empty else p.default,
         }
         for name, p in card.signature().parameters.items()
@@ -163,8 +167,8 @@ def _report(folder: Path) -> None:
     store = Store(folder)
     if not (folder / SETTING).exists():
         raise StoreError(f"'{folder}' holds no audit that began its attacks (there is no {SETTING} in it).")
-    raw = json.loads((folder / SETTING).read_text())
-    setting = Setting(**{k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()})
+    raw: dict[str, Any] = json.loads((folder / SETTING).read_text())
+    setting = Setting(**{k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()})  # type: ignore[arg-type]
     outcomes = list(store.outcomes().values())
     report = summarize(setting, outcomes)
     reconstructions, secrets = store.images()
@@ -174,10 +178,10 @@ def _report(folder: Path) -> None:
     head, *rows = render_table(report)
     table = Table(*head, box=None, padding=(0, 1))
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(escape(value) for value in row))
     out.print(table)
     out.print()
-    out.print(report.verdict, highlight=False)
+    out.print(report.verdict, highlight=False, markup=False)
     out.print(f"\nReport: {html.resolve()}", highlight=False, soft_wrap=True)
 
 
@@ -186,7 +190,10 @@ class _Bars:
 
     def __init__(self) -> None:
         self.bars = Progress(
-            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>5.1f}%"), TimeElapsedColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>5.1f}%"),
+            TimeElapsedColumn(),
             console=err,
         )
         self.task: TaskID | None = None

@@ -49,9 +49,7 @@ def lenet(classes: int = 10, *, bias: bool = True) -> Task:
 def draw_weights(task: Task, key: Key, width: float = 0.5) -> Weights:
     """Every parameter uniform in (-width, width)."""
     shapes = {name: tuple(p.shape) for name, p in weights_of(task.model).params.items()}
-    params = {
-        name: width * (2 * uniform(fold_in(key, name), shape, DOUBLE) - 1) for name, shape in shapes.items()
-    }
+    params = {name: width * (2 * uniform(fold_in(key, name), shape, DOUBLE) - 1) for name, shape in shapes.items()}
     return Weights(params, {})
 
 
@@ -91,10 +89,7 @@ def idlg_hits(task: Task, seed: int, keep: float = 1.0, count: int = 1000) -> tu
         weights = draw_weights(task, key)
         inputs, targets = noise_batch(task, 1, key)
         update = update_of(task, weights, inputs, targets)
-        update = {
-            name: g * bernoulli(fold_in(key, f"mask {name}"), keep, tuple(g.shape))
-            for name, g in update.items()
-        }
+        update = {name: g * bernoulli(fold_in(key, f"mask {name}"), keep, tuple(g.shape)) for name, g in update.items()}
         got = rule("idlg")(task, 1, Observation(update=update), key)
         return (got == targets).all(), task.trace(weights, inputs).features.abs().sum() > 0
 
@@ -169,9 +164,7 @@ def test_true_row_excludes_classes_whose_bias_gradient_is_positive() -> None:
 
 def test_idlg_reads_the_bias_first() -> None:
     """A defense may silence the whole weight gradient; one negative entry of the bias is enough."""
-    seen = Observation(
-        update={"head.weight": torch.zeros(4, 24), "head.bias": torch.tensor([0, 0.2, -0.5, 0.3])}
-    )
+    seen = Observation(update={"head.weight": torch.zeros(4, 24), "head.bias": torch.tensor([0, 0.2, -0.5, 0.3])})
     assert rule("idlg")(mlp(classes=4), 1, seen, new_key(0)).argmax() == 2
 
 
@@ -299,9 +292,7 @@ def faces() -> Tensor:
     """100 gray faces (100, 1, 32, 32) with pixels in [0, 1]."""
     data = pytest.importorskip("skimage.data")
     pixels = torch.tensor(data.lfw_subset()[:100], dtype=DOUBLE)[:, None]
-    return nn.functional.interpolate(
-        pixels, size=(32, 32), mode="bilinear", align_corners=False, antialias=True
-    )
+    return nn.functional.interpolate(pixels, size=(32, 32), mode="bilinear", align_corners=False, antialias=True)
 
 
 def overlaps(task: Task, name: str, images: Tensor, size: int, batches: int = 20) -> Tensor:
@@ -433,9 +424,7 @@ def test_refusals_say_what_to_use_instead() -> None:
         rule("geng")(task, 6, seen._replace(update=stripped), new_key(0))
 
 
-@pytest.mark.parametrize(
-    ("size", "bias", "chosen"), [(1, True, "idlg"), (6, True, "ilrg"), (6, False, "geng")]
-)
+@pytest.mark.parametrize(("size", "bias", "chosen"), [(1, True, "idlg"), (6, True, "ilrg"), (6, False, "geng")])
 def test_auto_chooses(size: int, bias: bool, chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One image, several with a bias, several without."""
     task = mlp(bias=bias)

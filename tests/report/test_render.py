@@ -59,14 +59,19 @@ def world(rows: int = 10, seeds: int = 3, title: str = "faces_dlg") -> tuple[Set
                 metrics: dict[str, list[float]] = {"ssim": [*ssim], "mse": [*mse], "psnr": [*(-10 * np.log10(mse))]}
                 metrics |= {"label_accuracy": [1.0, 1.0]} if "control" not in attacker else {}
                 metrics |= {"identified": [*(ssim > 0.6).astype(float)]} if attacker == "naive" else {}
-                history = tuple((k, float(10 * math.exp(-k / 40 * level) + rng.uniform(0, 0.01))) for k in range(1, 300, 6))
+                history = tuple(
+                    (k, float(10 * math.exp(-k / 40 * level) + rng.uniform(0, 0.01))) for k in range(1, 300, 6)
+                )
                 outcome = Outcome(trial, "budget", metrics, 1.5, 300, history=history)
                 reconstructions[trial.hash] = guess
                 found.append(outcome)
     nan = {"ssim": [math.nan, 0.1], "mse": [math.nan, 0.2], "psnr": [math.nan, 7.0]}
     pruned = (Spec.of("prune", {"share": 0.9}),)
     extra: list[tuple[dict[str, Any], dict[str, Any]]] = [
-        ({"episode": (rows, rows + 1)}, {"status": "diverged", "metrics": nan, "detail": "every start went to infinity"}),
+        (
+            {"episode": (rows, rows + 1)},
+            {"status": "diverged", "metrics": nan, "detail": "every start went to infinity"},
+        ),
         ({"episode": (rows + 2, rows + 3)}, {"status": "failed", "metrics": {}, "detail": f"broke: {HOSTILE}"}),
         ({"episode": (90, 91), "pool": "tune"}, {}),
         (
@@ -189,7 +194,9 @@ class TestHtml:
 class TestStrips:
     def test_evenly_spaced_from_worst_to_best(self, html: str) -> None:
         setting, found, _ = world()
-        adaptive = [o for o in found if o.trial.attacker == "adaptive:survivors" and ("rate", 0.5) in o.trial.defense[0].options]
+        adaptive = [
+            o for o in found if o.trial.attacker == "adaptive:survivors" and ("rate", 0.5) in o.trial.defense[0].options
+        ]
         ranked = sorted(value for o in adaptive for value in o.metrics["ssim"])
         wanted = [f"{ranked[round(i * 29 / 7)]:.2f}" for i in range(8)]
         strip = html.split("<h3>random_masking(rate=0.5)</h3>")[1].split("</table>")[0]
@@ -230,7 +237,7 @@ class TestStrips:
 class TestCurves:
     def test_histories_hold_their_last_value_and_skip_what_is_not_finite(self) -> None:
         from keyhole.report.figures import _histories, loss_history
-        from keyhole.report.summarize import Group
+        from keyhole.report.groups import Group
 
         _, found, _ = world(rows=2, seeds=1)
         histories = [((1, 4.0), (11, 1.0)), ((1, 2.0), (5, math.nan), (21, 0.5)), ()]
@@ -244,7 +251,7 @@ class TestCurves:
 
     def test_objective_below_zero(self) -> None:
         from keyhole.report.figures import loss_history
-        from keyhole.report.summarize import Group
+        from keyhole.report.groups import Group
 
         _, found, _ = world(rows=2, seeds=1)
         outcomes = (replace(found[0], history=((1, 0.5), (9, -1e-7))),)
@@ -254,8 +261,9 @@ class TestCurves:
 class TestText:
     def test_table(self) -> None:
         setting, found, _ = world(rows=4, seeds=1)
-        rows = render_table(summarize(setting, found))
-        assert {len(row) for row in rows} == {8}
+        head, *rows = render_table(summarize(setting, found))
+        assert head[:4] == ("defense", "attack", "attacker", "n")
+        assert {len(row) for row in (head, *rows)} == {8}
         assert all(isinstance(value, str) for row in rows for value in row)
         refused = next(row for row in rows if row[2] == "adaptive:pattern")
         assert refused == ("prune(share=0.9)", "idlg", "adaptive:pattern", "0", "–", "–", "–", "–")

@@ -14,17 +14,9 @@ from scipy import stats
 
 from keyhole.core.trial import Outcome, Spec, Trial
 from keyhole.errors import StoreError
-from keyhole.report.summarize import (
-    WORDS,
-    Report,
-    Setting,
-    bootstrap,
-    mean,
-    rate,
-    spread,
-    summarize,
-    wilson,
-)
+from keyhole.report.intervals import bootstrap, mean, rate, spread, wilson
+from keyhole.report.summarize import Report, Setting, summarize
+from keyhole.report.verdict import WORDS
 
 NAN = math.nan
 IDLG = Spec.of("idlg", {"steps": 100, "tv": 0.0})
@@ -203,7 +195,10 @@ class TestLeakRule:
         assert (row.n, row.leaks, row.networks, row.images, row.uncontrolled) == (2, 1, 2, 1, 1)
 
     def test_a_control_needs_the_threshold_only(self) -> None:
-        found = [outcome([0.1, 0.75], attacker="control:prior_only"), outcome([0.9, 0.9], attacker="control:class_mean")]
+        found = [
+            outcome([0.1, 0.75], attacker="control:prior_only"),
+            outcome([0.9, 0.9], attacker="control:class_mean"),
+        ]
         report = report_of(found)
         assert row_of(report, "none", "control:prior_only").leaks == 1
         assert math.isnan(row_of(report, "none", "control:prior_only").lift.value)
@@ -274,8 +269,8 @@ class TestRows:
 
 
 class TestNames:
-    def test_only_differing_options(self) -> None:
-        specs = [Spec.of("clip", {"norm": norm, "mode": "flat"}) for norm in (0.5, 1.0)]
+    def test_strength_and_what_is_not_default(self) -> None:
+        specs = [Spec.of("clip", {"norm": norm, "scale": "absolute"}) for norm in (0.5, 1.0)]
         report = report_of([outcome([0.1], defense=(spec,)) for spec in specs])
         assert [row.defense for row in report.rows] == ["clip(norm=0.5)", "clip(norm=1)"]
 
@@ -302,7 +297,9 @@ class TestComparisons:
         found = []
         for seed in (0, 1):
             found.append(outcome(list(low[seed]), defense=(MASK,), seed=seed))
-            found.append(outcome(list(low[seed] + gain[seed]), defense=(MASK,), seed=seed, attacker="adaptive:survivors"))
+            found.append(
+                outcome(list(low[seed] + gain[seed]), defense=(MASK,), seed=seed, attacker="adaptive:survivors")
+            )
         (test,) = report_of(found).comparisons
         assert (test.attacker, test.against, test.n) == ("adaptive:survivors", "naive", 8)
         assert test.difference.value == pytest.approx(gain.mean())
@@ -321,7 +318,9 @@ class TestJson:
         record = json.loads(report_of(mixed()).to_json())
         assert list(record)[:5] == ["schema", "kind", "verdict", "rows", "versions"]
         assert (record["schema"], record["kind"], record["complete"]) == (1, "update", True)
-        wanted = "task state threat defense attack attacker n networks leak_rate leak_rate_90 leak_rate_mse psnr ssim mse"
+        wanted = (
+            "task state threat defense attack attacker n networks leak_rate leak_rate_90 leak_rate_mse psnr ssim mse"
+        )
         wanted += " label_accuracy lift evaluations seconds statuses"
         assert list(record["rows"][0])[:19] == wanted.split()
         assert list(record["rows"][0]["leak_rate"]) == ["value", "low", "high"]
@@ -399,5 +398,10 @@ class TestVerdict:
         assert report_of([]).verdict.startswith("No attack has produced a score")
 
     def test_promises_nothing(self) -> None:
-        texts = [report_of(mixed()).verdict, report_of([outcome([0.0])]).verdict, report_of([]).verdict, *WORDS.values()]
+        texts = [
+            report_of(mixed()).verdict,
+            report_of([outcome([0.0])]).verdict,
+            report_of([]).verdict,
+            *WORDS.values(),
+        ]
         assert not any(word in text.lower() for text in texts for word in ("safe", "secure"))

@@ -10,7 +10,11 @@ from keyhole.parts.penalties import smooth_total_variation
 from keyhole.solve.lbfgs import LBFGS
 
 
-@ATTACKS.add(name="idlg", paper="Zhao, Mopuri and Bilen 2020, iDLG: Improved Deep Leakage from Gradients", arxiv="2001.02610")
+@ATTACKS.add(
+    name="idlg",
+    paper="Zhao, Mopuri and Bilen 2020, iDLG: Improved Deep Leakage from Gradients",
+    arxiv="2001.02610",
+)
 def idlg(
     *,
     steps: int = 1000,

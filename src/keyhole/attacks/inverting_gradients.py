@@ -10,7 +10,7 @@ from keyhole.core.registry import ATTACKS
 from keyhole.errors import check_range
 from keyhole.parts.distances import cosine
 from keyhole.parts.penalties import total_variation
-from keyhole.solve.optimizers import Constant, Cosine, StepDecay, adam, signed
+from keyhole.solve.optimizers import Constant, Cosine, Schedule, StepDecay, adam, signed
 
 
 @ATTACKS.add(
@@ -47,11 +47,15 @@ def inverting_gradients(
     compared by the distance alone. Their optional median filter is left out.
     """
     check_range("lr", lr, 0, open_low=True)
-    decay = {"step": StepDecay(steps), "cosine": Cosine(steps, warmup=50), "constant": Constant()}[schedule]
+    schedules: dict[str, Schedule] = {
+        "step": StepDecay(steps),
+        "cosine": Cosine(steps, warmup=50),
+        "constant": Constant(),
+    }
     return GradientMatching(
         distance=cosine,
         penalties=((tv, total_variation),),
-        optimizer=signed(adam(lr, decay)),
+        optimizer=signed(adam(lr, schedules[schedule])),
         steps=steps,
         restarts=restarts,
         initial=start,

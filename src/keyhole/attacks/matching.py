@@ -82,7 +82,9 @@ class GradientMatching(IterativeAttack):
         targets = seen.facts["targets"]
         return {"inputs": normal(key, (targets.shape[0], *task.input_shape), targets.dtype)}
 
-    def loss(self, task: Task, threat: ThreatModel, seen: Seen, candidate: Candidate, key: Key) -> tuple[Tensor, Tensor]:
+    def loss(
+        self, task: Task, threat: ThreatModel, seen: Seen, candidate: Candidate, key: Key
+    ) -> tuple[Tensor, Tensor]:
         """The objective, and the distance alone."""
         inputs, targets = candidate["inputs"], seen.facts["targets"]
         facts, unknowns = strip_prefix(seen.facts, "counter."), strip_prefix(candidate, "counter.")
@@ -103,6 +105,8 @@ class GradientMatching(IterativeAttack):
         """Clamp to the box, where the attack has one."""
         return {**candidate, "inputs": task.bounds.clamp(candidate["inputs"])} if self.box else candidate
 
-    def decode(self, task: Task, threat: ThreatModel, seen: Seen, candidate: Candidate, score: Tensor) -> Reconstruction:
+    def decode(
+        self, task: Task, threat: ThreatModel, seen: Seen, candidate: Candidate, score: Tensor
+    ) -> Reconstruction:
         """The inputs as they are, with the labels they were matched under."""
         return Reconstruction(candidate["inputs"], seen.facts["targets"], score)

@@ -51,7 +51,7 @@ class IterativeAttack(Attack):
     tolerance: float = 0.0
     """A start has converged when its objective is at or below this; 0 switches the rule off."""
     patience: int = 0
-    """A start has stalled when its objective fell by less than ``min_progress`` over this many evaluations; 0: never."""
+    """A start has stalled when its objective fell by less than ``min_progress`` over so many evaluations; 0: never."""
     min_progress: float = 0.01
     always_restart: bool = False
     """Run every start and keep the best score, rather than only after a start that failed."""
@@ -61,7 +61,9 @@ class IterativeAttack(Attack):
         """The first candidate. ``images`` (r, *shape) are public start images; `None` asks for random ones."""
 
     @abstractmethod
-    def loss(self, task: Task, threat: ThreatModel, seen: Seen, candidate: Candidate, key: Key) -> tuple[Tensor, Tensor]:
+    def loss(
+        self, task: Task, threat: ThreatModel, seen: Seen, candidate: Candidate, key: Key
+    ) -> tuple[Tensor, Tensor]:
         """The objective to minimise, and the score that selects between starts (without priors); two scalars."""
 
     def project(self, task: Task, candidate: Candidate) -> Candidate:
@@ -69,5 +71,7 @@ class IterativeAttack(Attack):
         return candidate
 
     @abstractmethod
-    def decode(self, task: Task, threat: ThreatModel, seen: Seen, candidate: Candidate, score: Tensor) -> Reconstruction:
+    def decode(
+        self, task: Task, threat: ThreatModel, seen: Seen, candidate: Candidate, score: Tensor
+    ) -> Reconstruction:
         """The candidate as images in the model's input space."""

@@ -65,7 +65,7 @@ class Counter:
         return simulated, observed
 
     def expected_truth_loss(self, observed: Tensors) -> tuple[float, float]:
-        """Mean and standard deviation of the normalised squared distance at the truth, where ``truth_loss`` is "law"."""
+        """Mean and deviation of the normalised squared distance at the truth, where ``truth_loss`` is "law"."""
         raise NotImplementedError(f"counter '{self.name}' has no noise law")
 
 

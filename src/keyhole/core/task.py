@@ -35,7 +35,9 @@ class Bounds:
         if len(mean) != len(std) or not all(s > 0 for s in std):
             raise ConfigError("mean and std need one number for each channel, and every std must be above 0.")
         as_column = (len(mean), 1, 1)
-        return cls(torch.tensor(mean, dtype=dtype).reshape(as_column), torch.tensor(std, dtype=dtype).reshape(as_column))
+        return cls(
+            torch.tensor(mean, dtype=dtype).reshape(as_column), torch.tensor(std, dtype=dtype).reshape(as_column)
+        )
 
     def to_pixels(self, inputs: Tensor) -> Tensor:
         """Model inputs (..., c, h, w) as pixels, clamped to [0, 1]."""
@@ -114,19 +116,22 @@ class Task:
                 'behave; set model.batchnorm = "eval" (running statistics, an upper bound on leakage).'
             )
         if drops and dropout is None:
-            raise ModelError(f"the model has dropout ('{drops[0]}') and nothing says how it behaves; set model.dropout = \"off\".")
+            raise ModelError(
+                f"the model has dropout ('{drops[0]}') and nothing says how it behaves; set model.dropout = \"off\"."
+            )
         if batchnorm not in (None, "eval"):
             raise ModelError(f'model.batchnorm is {batchnorm!r}; accepted: "eval".')
         if dropout not in (None, "off"):
             raise ModelError(f'model.dropout is {dropout!r}; accepted: "off".')
         for name in norms:
             if getattr(private.get_submodule(name), "running_mean", None) is None:
-                raise ModelError(f"BatchNorm layer '{name}' keeps no running statistics, so it cannot run in eval mode.")
+                raise ModelError(f"BatchNorm layer '{name}' keeps no running statistics: it cannot run in eval mode.")
         private.eval()
         for parameter in private.parameters():
             parameter.requires_grad_(True)
         norm_params = frozenset(f"{name}.{leaf}" for name in norms for leaf in ("weight", "bias"))
-        task = cls(private, loss, tuple(input_shape), num_classes, bounds, _find_head(private, input_shape, num_classes), norm_params)
+        head = _find_head(private, input_shape, num_classes)
+        task = cls(private, loss, tuple(input_shape), num_classes, bounds, head, norm_params)
         unused = _unused_parameters(task)
         if unused:
             raise ModelError(f"parameter '{unused[0]}' does not influence the logits; remove it from the model.")
@@ -231,7 +236,9 @@ def _find_head(model: nn.Module, input_shape: tuple[int, ...], num_classes: int)
         raise ModelError("the model has no linear layer; Keyhole reads labels off the last one.")
     head = model.get_submodule(ran[-1])
     if isinstance(head, nn.Linear) and head.out_features != num_classes:
-        raise ModelError(f"the last linear layer '{ran[-1]}' has {head.out_features} outputs; {num_classes} classes are needed.")
+        raise ModelError(
+            f"the last linear layer '{ran[-1]}' has {head.out_features} outputs; {num_classes} classes are needed."
+        )
     return ran[-1]
 
 

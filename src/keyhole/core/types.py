@@ -78,7 +78,7 @@ class Upload(NamedTuple):
 
     update: Tensors
     buffers: Tensors
-    count: Int[Tensor, ""]
+    examples: Int[Tensor, ""]
     """The number of examples that took part (padding excluded)."""
 
 

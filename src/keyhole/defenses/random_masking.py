@@ -17,8 +17,10 @@ from keyhole.errors import check_range
     name="random_masking",
     paper="Kim and Park 2024, random gradient masking against gradient leakage (our reading of the abstract)",
     arxiv="2408.08430",
-    known_breaks=("the zeros show the mask, and the survivors still outnumber the pixels: matching only them from a "
-                  "gray start recovers faces at a rate of one half and above",),
+    known_breaks=(
+        "the zeros show the mask, and the survivors still outnumber the pixels: matching only them from a "
+        "gray start recovers faces at a rate of one half and above",
+    ),
 )
 @dataclass(frozen=True)
 class RandomMasking(Defense):

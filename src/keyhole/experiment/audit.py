@@ -17,7 +17,6 @@ from keyhole.experiment.store import SECRETS, Store
 from keyhole.experiment.work import available_cores, run_groups
 from keyhole.solve.drive import Paused
 
-
 SETTING = "setting.json"
 """What the report says of the experiment, so that it can be rebuilt from the folder alone."""
 
@@ -69,9 +68,9 @@ def audit(
     deadline = time.time() + seconds if seconds > 0 else None
     progress = progress or Silent()
     where = find_device(device)
+    setup = prepare(experiment, where)  # before the folder is claimed: bad input must leave nothing behind
     with Store(folder) as store:
         store.claim(experiment)
-        setup = prepare(experiment, where)
         if experiment.run.images == "all":
             _keep_secrets(experiment, setup, store)
 
@@ -101,9 +100,7 @@ def audit(
     return True
 
 
-def describe(
-    experiment: Experiment, setup: Setup, groups: list[Group], outcomes: dict[str, Outcome]
-) -> dict[str, Any]:
+def describe(experiment: Experiment, setup: Setup, groups: list[Group], outcomes: dict[str, Outcome]) -> dict[str, Any]:
     """What the report says of the experiment, as a plain dictionary: the fields of `keyhole.report.Setting`."""
     state = setup.states[experiment.run.seeds[0]].split("#")[0]
     return {
@@ -132,29 +129,38 @@ def threat_in_words(experiment: Experiment) -> str:
     return f"gradient of one batch, batch size {experiment.client.batch_size}; sees {sees}; labels {labels}"
 
 
+_FIELDS = {
+    "weights": "the global weights",
+    "update": "one client's own update",
+    "targets": "the labels",
+    "statistics": "the batch statistics",
+}
+
+
 def assumptions_in_words(experiment: Experiment, setup: Setup) -> tuple[str, ...]:
     """What the attacker is assumed to know and what the clients do, as sentences."""
     size = experiment.client.batch_size
     sees = set(experiment.attacker.sees)
     images = "one image" if size == 1 else f"{size} images together"
     rules = sorted({str(e.spec.asdict()["labels"]) for e in experiment.attacks if "labels" in e.spec.asdict()})
-    told = "The attacker is told the labels." if "given" in rules else (
-        f"The attacker is not told the labels; it recovers them from the update (rule: {', '.join(rules)})."
+    told = (
+        "The attacker is told the labels."
+        if "given" in rules
+        else (f"The attacker is not told the labels; it recovers them from the update (rule: {', '.join(rules)}).")
     )
     sentences = [
         f"Each client sends the gradient of {images}, once.",
         "The attacker is an honest-but-curious server: it follows the protocol and sees "
-        + " and ".join({"weights": "the global weights", "update": "one client's own update", "targets": "the labels",
-                        "statistics": "the batch statistics"}[f] for f in ("weights", "update", "targets", "statistics") if f in sees)
+        + " and ".join(words for field, words in _FIELDS.items() if field in sees)
         + "; it knows the model's architecture, the loss, the batch size and how images are normalised.",
         told,
         "An adaptive attacker also knows which defense is used and its settings, but never its random numbers.",
-        f"The networks are {setup.states[experiment.run.seeds[0]].split('#')[0]}; untrained networks usually leak most.",
+        f"The networks are {setup.states[experiment.run.seeds[0]].split('#')[0]}; untrained ones usually leak most.",
         f"The attacker and the defender have {len(setup.data.public)} public images of the same kind; "
         f"{len(setup.data.tune)} further images serve only for tuning.",
     ]
     if setup.task.norm_params:
-        sentences.append("BatchNorm runs in eval mode (running statistics): an upper bound on what training mode leaks.")
+        sentences.append("BatchNorm runs in eval mode (running statistics): an upper bound on what train mode leaks.")
     return tuple(sentences)
 
 
@@ -170,8 +176,10 @@ def budget_in_words(experiment: Experiment, outcomes: dict[str, Outcome]) -> tup
         if entry.tune:
             grid = "; ".join(f"{name} from {values}" for name, values in entry.tune.items())
             tried = sum(o.trial.pool == "tune" and o.trial.attack.name == entry.spec.name for o in outcomes.values())
-            sentences.append(f"{entry.spec.name}: {grid}, chosen by mean SSIM on the tune pool ({tried} trials), "
-                             "separately for every defense and counter.")
+            sentences.append(
+                f"{entry.spec.name}: {grid}, chosen by mean SSIM on the tune pool ({tried} trials), "
+                "separately for every defense and counter."
+            )
             sentences += _tuned_values(experiment, outcomes, experiment.attacks.index(entry))
     if experiment.run.budget:
         sentences.append(f"No trial made more than {experiment.run.budget} evaluations in all.")
@@ -199,4 +207,3 @@ def versions() -> dict[str, str]:
     for name in ("torch", "numpy", "scipy", "torchmetrics"):
         found[name] = metadata.version(name)
     return {**found, "machine": f"{platform.system()} {platform.machine()}"}
-

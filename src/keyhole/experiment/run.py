@@ -99,7 +99,8 @@ def _answers(group: Group, setup: Setup, watch: Watch) -> list[Answer]:
     sees = frozenset(first.sees) | (attack.needs & {"targets"} if is_check else frozenset())
     missing = (attack.needs | counter.needs) - sees
     if missing:
-        raise Refused(f"'{first.attack.name}' ({first.attacker}) needs {', '.join(sorted(missing))}, which this attacker does not see.")
+        names = ", ".join(sorted(missing))
+        raise Refused(f"'{first.attack.name}' ({first.attacker}) needs {names}, which this attacker does not see.")
     threat = ThreatModel(batch_size=first.batch_size, sees=sees, counter=counter)  # type: ignore[arg-type]
     task, weights = defense.on_task(setup.task), setup.weights[first.seed]
     shared = Shared(weights)

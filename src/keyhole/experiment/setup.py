@@ -75,7 +75,9 @@ def prepare(experiment: Experiment, device: torch.device) -> Setup:
         normalize = bool(MODELS.card(name).facts.get("normalize", False)) if name is not None else False
     mean, std = (data.mean, data.std) if normalize else ((0.0,) * channels, (1.0,) * channels)
     shape = tuple(data.target.images.shape[1:])
-    tasks, weights, states = [], {}, {}
+    tasks: list[Task] = []
+    weights: dict[int, Weights] = {}
+    states: dict[int, str] = {}
     for seed in experiment.run.seeds:
         model = build_model(
             experiment.model.name or str(experiment.model.factory),
@@ -87,8 +89,11 @@ def prepare(experiment: Experiment, device: torch.device) -> Setup:
         if experiment.state.train != "none":
             load_state(model, Path(experiment.state.train))
         if not tasks:
-            modes = {"batchnorm": experiment.model.batchnorm, "dropout": experiment.model.dropout}
-            tasks.append(Task.of(model, shape, data.num_classes, Bounds.of(mean, std, dtype), **modes))
+            bounds = Bounds.of(mean, std, dtype)
+            modes = experiment.model
+            tasks.append(
+                Task.of(model, shape, data.num_classes, bounds, batchnorm=modes.batchnorm, dropout=modes.dropout)
+            )
         own = weights_of(model, dtype)
         weights[seed] = Weights(*({n: t.to(device) for n, t in part.items()} for part in own))
         states[seed] = f"{_state_name(experiment)}#{_digest(own)}"

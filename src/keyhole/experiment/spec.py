@@ -137,7 +137,13 @@ class Experiment(BaseModel):
         }
         run = self.run.model_dump(exclude_none=True)
         return tomli_w.dumps(
-            {"title": self.title, **sections, "run": run, "attacks": attacks, "defenses": [{"chain": c} for c in chains]}
+            {
+                "title": self.title,
+                **sections,
+                "run": run,
+                "attacks": attacks,
+                "defenses": [{"chain": c} for c in chains],
+            }
         )
 
 
@@ -198,7 +204,7 @@ def parse_experiment(raw: dict[str, Any], title: str = "audit") -> Experiment:
         LABELS.card(attacker.labels, "[attacker] labels")
     entries = _entries(raw, "attacks")
     if not entries:
-        raise ConfigError("the audit file names no attack; add [[attacks]] with name = \"idlg\".")
+        raise ConfigError('the audit file names no attack; add [[attacks]] with name = "idlg".')
     attacks = tuple(_attack(e, f"[[attacks]] number {i}", attacker.labels) for i, e in enumerate(entries, 1))
     chains: list[tuple[Spec, ...]] = [()]  # the undefended case is always run
     for i, entry in enumerate(_entries(raw, "defenses"), 1):
@@ -265,7 +271,7 @@ def _entries(raw: dict[str, Any], name: str) -> list[dict[str, Any]]:
 
 def _check_model(model: ModelSection) -> None:
     if (model.name is None) == (model.factory is None):
-        raise ConfigError("[model] needs either a name or a factory (\"package.module:function\"), and not both.")
+        raise ConfigError('[model] needs either a name or a factory ("package.module:function"), and not both.')
     if model.name is not None:
         card = MODELS.card(model.name, "[model]")
         given = ("input_shape", "num_classes")
@@ -339,7 +345,7 @@ def _chains(raw: dict[str, Any], where: str) -> list[tuple[Spec, ...]]:
             raise UnknownName("key", key, ["chain"], where)
     links = raw.get("chain", [])
     if not isinstance(links, list) or not all(isinstance(link, dict) for link in links):
-        raise ConfigError(f"{where} chain must be a list of tables, such as chain = [{{ name = \"clip\" }}].")
+        raise ConfigError(f'{where} chain must be a list of tables, such as chain = [{{ name = "clip" }}].')
     return list(itertools.product(*([_method(DEFENSES, one, where) for one in _cells(link)] for link in links)))
 
 

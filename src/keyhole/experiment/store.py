@@ -60,10 +60,14 @@ class Store:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             os.close(self._lock)
-            raise StoreError(f"another audit is running in '{self.folder}'; wait for it or choose another --out.") from error
+            raise StoreError(
+                f"another audit is running in '{self.folder}'; wait for it or choose another --out."
+            ) from error
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
@@ -105,7 +109,8 @@ class Store:
                 outcome = Outcome.from_json(line)
             except ValueError as error:
                 raise StoreError(
-                    f"line {number} of '{self.lines}' cannot be read ({error}); delete that line to have its trial done again."
+                    f"line {number} of '{self.lines}' cannot be read ({error}); "
+                    "delete that line to have its trial done again."
                 ) from error
             found.setdefault(outcome.trial.hash, outcome)
         return found

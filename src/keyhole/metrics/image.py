@@ -51,7 +51,9 @@ def psnr() -> Metric:
     return Metric(peak_signal_to_noise_ratio, higher_is_leakier=True, perfect=PSNR_CAP, unit="dB")
 
 
-@METRICS.add(name="ssim", paper="Wang, Bovik, Sheikh and Simoncelli 2004", url="https://doi.org/10.1109/TIP.2003.819861")
+@METRICS.add(
+    name="ssim", paper="Wang, Bovik, Sheikh and Simoncelli 2004", url="https://doi.org/10.1109/TIP.2003.819861"
+)
 def ssim() -> Metric:
     """Structural similarity of each image, uniform 7x7 window."""
     return Metric(structural_similarity, higher_is_leakier=True, perfect=1.0)

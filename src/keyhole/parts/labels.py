@@ -85,9 +85,7 @@ def idlg(task: Task, batch_size: int, observation: Observation, key: Key) -> Ten
         Refused: for more than one image.
     """
     if batch_size != 1:
-        raise Refused(
-            f"label rule 'idlg' reads one image's label and the batch has {batch_size}; use 'ilrg'."
-        )
+        raise Refused(f"label rule 'idlg' reads one image's label and the batch has {batch_size}; use 'ilrg'.")
     head = _head(task, _seen_update("idlg", observation), "idlg")
     label = true_row(head.weight, head.bias)
     if head.bias is not None:
@@ -143,9 +141,7 @@ def geng(task: Task, batch_size: int, observation: Observation, key: Key) -> Ten
     head = _head(task, _seen_update("geng", observation), "geng")
     weights = _seen_weights("geng", observation)
     # One fixed set for all trials, not one a trial: under vmap it then has no trial axis, and is drawn once.
-    pixels = uniform(
-        fold_in(new_key(0, key.device), "geng"), (NOISE_IMAGES, *task.input_shape), torch.float64
-    )
+    pixels = uniform(fold_in(new_key(0, key.device), "geng"), (NOISE_IMAGES, *task.input_shape), torch.float64)
     trace = task.trace(weights, task.bounds.from_pixels(pixels).to(next(iter(weights.params.values())).dtype))
     mean_prediction = torch.softmax(trace.logits, -1).mean(0)
     if head.bias is not None:
@@ -283,9 +279,7 @@ def geng_counts(mean_prediction: Tensor, bias: Tensor, batch_size: int) -> Tenso
     return batch_size * (mean_prediction - bias)
 
 
-def geng_counts_without_bias(
-    mean_prediction: Tensor, row_sums: Tensor, feature_sum: Tensor, batch_size: int
-) -> Tensor:
+def geng_counts_without_bias(mean_prediction: Tensor, row_sums: Tensor, feature_sum: Tensor, batch_size: int) -> Tensor:
     """``B (pbar - G / O)``: counts (k,) from the row sums G (k,) of dL/dW and the mean feature sum O ().
 
     Exact where both means are the batch's own and all images have the same sum of features.
@@ -293,9 +287,7 @@ def geng_counts_without_bias(
     return batch_size * (mean_prediction - _divide(row_sums, feature_sum))
 
 
-def ilrg_counts(
-    weight: Tensor, bias: Tensor, grad_weight: Tensor, grad_bias: Tensor, batch_size: int
-) -> Tensor:
+def ilrg_counts(weight: Tensor, bias: Tensor, grad_weight: Tensor, grad_bias: Tensor, batch_size: int) -> Tensor:
     """The counts of `ilrg` before rounding, float64 (k,).
 
     Args:
@@ -314,7 +306,8 @@ def ilrg_counts(
     system = torch.cat([torch.ones_like(identity[:1]), predicted.mT - identity], -2)
     total = torch.full_like(grad_bias[:1], batch_size)
     known = torch.cat([total, batch_size * grad_bias], -1)
-    return (torch.linalg.pinv(system) @ known[..., None]).squeeze(-1)
+    counts: Tensor = torch.linalg.pinv(system) @ known[..., None]
+    return counts.squeeze(-1)
 
 
 def apportion(counts: Tensor, total: int) -> Tensor:
@@ -376,9 +369,7 @@ def _finite(tensor: Tensor) -> Tensor:
 def _divide(above: Tensor, below: Tensor) -> Tensor:
     """A quotient that is 0 where the divisor is zero or too small to have all its digits."""
     usable = below.abs() > torch.finfo(below.dtype).tiny
-    return torch.where(
-        usable, above / torch.where(usable, below, torch.ones_like(below)), torch.zeros_like(above)
-    )
+    return torch.where(usable, above / torch.where(usable, below, torch.ones_like(below)), torch.zeros_like(above))
 
 
 def _unit_rows(rows: Tensor) -> Tensor:
@@ -399,9 +390,7 @@ def _head(task: Task, tensors: Tensors, rule: str) -> Head:
 
 def _bias(head: Head, rule: str) -> Tensor:
     if head.bias is None:
-        raise Refused(
-            f"label rule '{rule}' needs a bias in the last linear layer, which has none; use 'geng'."
-        )
+        raise Refused(f"label rule '{rule}' needs a bias in the last linear layer, which has none; use 'geng'.")
     return head.bias
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -13,7 +14,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
-from keyhole.report.summarize import LEAK_SSIM, Group, is_attack
+from keyhole.report.groups import LEAK_SSIM, Group, is_attack
 
 LARGEST = 160
 """Pixels; larger pictures are embedded reduced, because the page shows no more."""
@@ -23,7 +24,7 @@ THIN_LINES = 24
 _ADAPTIVE = ("#c8501e", "#a23b8f", "#8a6d00", "#7a3b1e")
 _DASHES = {"control:prior_only": (0, (5, 2)), "control:other_client": (0, (1.5, 1.5))}
 _OTHER_DASH = (0, (7, 2, 1.5, 2))
-_STYLE = {
+_STYLE: Any = {
     "font.size": 8,
     "axes.spines.top": False,
     "axes.spines.right": False,

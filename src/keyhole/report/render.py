@@ -14,27 +14,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from keyhole.core.trial import Outcome
 from keyhole.errors import KeyholeError
-from keyhole.report.summarize import (
-    FELL_FROM,
-    LEAK_MARGIN,
-    LEAK_SSIM,
-    NEAR_MSE,
-    NEAR_SSIM,
-    NOT_BROKEN_UP_TO,
-    Comparison,
-    Estimate,
-    Group,
-    Report,
-    Row,
-    Setting,
-    Spread,
-    by_defense,
-    collect,
-    is_attack,
-    level,
-    percent,
-    worst_row,
-)
+from keyhole.report.groups import LEAK_MARGIN, LEAK_SSIM, Group, collect, is_attack
+from keyhole.report.intervals import Estimate, Spread
+from keyhole.report.summarize import NEAR_MSE, NEAR_SSIM, Comparison, Report, Row, Setting
+from keyhole.report.verdict import FELL_FROM, NOT_BROKEN_UP_TO, by_defense, level, percent, worst_row
 
 if TYPE_CHECKING:
     import numpy as np
@@ -52,6 +35,8 @@ _LEVELS = {
     "unscored": "could not be scored",
 }
 _TABLE = ("defense", "attack", "attacker", "n", "leak rate (95 %)", "SSIM", "PSNR (dB)", "labels right")
+_TESTS = ("defense", "attack", "attacker", "against", "images", "difference in SSIM (95 %)", "p")
+_SPENT = ("defense", "attack", "attacker", "trials by status", "evaluations", "seconds")
 
 
 class Images(NamedTuple):
@@ -116,10 +101,12 @@ def _statuses(row: Row) -> str:
 
 
 def render_table(report: Report) -> list[tuple[str, ...]]:
-    """One row of strings for each attacker: defense, attack, attacker, n, leak rate with interval, median SSIM, median
-    PSNR, mean label accuracy.
+    """Strings for the command line to lay out: the head, then a row for each attacker.
+
+    Returns:
+        Defense, attack, attacker, n, leak rate with interval, median SSIM, median PSNR, mean label accuracy.
     """
-    return [
+    rows = [
         (
             row.defense,
             row.attack,
@@ -132,6 +119,7 @@ def render_table(report: Report) -> list[tuple[str, ...]]:
         )
         for row in report.rows
     ]
+    return [_TABLE, *rows]
 
 
 def render_markdown(report: Report) -> str:
@@ -140,17 +128,13 @@ def render_markdown(report: Report) -> str:
     if report.rows:
         first = report.rows[0]
         parts.append(f"{_escaped(first.task)}; {_escaped(first.state)}. Threat: {_escaped(first.threat)}.")
-        parts.append("## Leaks\n\n" + _markdown_table(_TABLE, render_table(report)))
+        parts.append("## Leaks\n\n" + _markdown_table(_TABLE, render_table(report)[1:]))
         parts.append(_LEAK_NOTE)
     if report.comparisons:
-        head = ("defense", "attack", "attacker", "against", "images", "difference in SSIM (95 %)", "p")
-        parts.append("## Does knowing the defense help?\n\n" + _markdown_table(head, map(_comparison, report.comparisons)))
+        tests = _markdown_table(_TESTS, map(_comparison, report.comparisons))
+        parts.append(f"## Does knowing the defense help?\n\n{tests}")
     if report.rows:
-        head = ("defense", "attack", "attacker", "evaluations", "seconds", "trials")
-        spent = [
-            (r.defense, r.attack, r.attacker, f"{r.evaluations:,}", f"{r.seconds:.1f}", _statuses(r)) for r in report.rows
-        ]
-        parts.append("## Budget\n\n" + _markdown_table(head, spent))
+        parts.append("## Budget\n\n" + _markdown_table(_SPENT, map(_spent, report.rows)))
     if report.versions:
         listed = "\n".join(f"- {_escaped(name)} {_escaped(version)}" for name, version in report.versions.items())
         parts.append(f"## Versions\n\n{listed}")
@@ -158,7 +142,7 @@ def render_markdown(report: Report) -> str:
 
 
 _LEAK_NOTE = (
-    f"A leak: SSIM of at least {LEAK_SSIM:g}, and at least {LEAK_MARGIN:g} above the best guess made without the update. "
+    f"A leak: SSIM of at least {LEAK_SSIM:g}, and at least {LEAK_MARGIN:g} above the best guess without the update. "
     "SSIM and PSNR are medians. Controls have no control of their own: the threshold alone counts for them."
 )
 
@@ -166,6 +150,10 @@ _LEAK_NOTE = (
 def _comparison(test: Comparison) -> tuple[str, ...]:
     names = (test.defense, test.attack, test.attacker, test.against)
     return (*names, str(test.n), _signed(test.difference), _p_value(test.p))
+
+
+def _spent(row: Row) -> tuple[str, ...]:
+    return (*_names(row), _statuses(row), f"{row.evaluations:,}", f"{row.seconds:,.1f}")
 
 
 def _escaped(text: str) -> str:
@@ -204,7 +192,7 @@ def render_html(report: Report, setting: Setting, outcomes: Sequence[Outcome], i
         raise KeyholeError(
             f"the HTML report needs {error.name}; install it with `pip install keyhole[report]`."
         ) from error
-    groups = collect(setting, outcomes)
+    groups = collect(setting.planned, outcomes)
     cells: dict[tuple[str, str], list[Group]] = {}
     for group in groups:
         cells.setdefault(group.cell, []).append(group)
@@ -241,7 +229,7 @@ def render_html(report: Report, setting: Setting, outcomes: Sequence[Outcome], i
         metrics=_metrics(report),
         notes=_notes(report),
         comparisons=[_comparison(test) for test in report.comparisons],
-        budget=[(*_names(r), _statuses(r), f"{r.evaluations:,}", f"{r.seconds:,.1f}") for r in report.rows],
+        budget=[_spent(row) for row in report.rows],
         troubles=_troubles(groups),
         leak_note=_LEAK_NOTE,
         constants={
@@ -405,8 +393,17 @@ def _source(image: NDArray[np.floating], picture: Any) -> str | None:
 
 
 def _metrics(report: Report) -> dict[str, Any]:
-    head = ["Defense", "Attack", "Attacker", "n", "Networks", "Leak rate", f"SSIM ≥ {NEAR_SSIM:g}", f"MSE < {NEAR_MSE:g}"]
-    head += ["SSIM", "PSNR (dB)", "MSE", "Labels right", "Lift in SSIM"]
+    head = ["Defense", "Attack", "Attacker", "n", "Networks"]
+    head += [
+        "Leak rate",
+        f"SSIM ≥ {NEAR_SSIM:g}",
+        f"MSE < {NEAR_MSE:g}",
+        "SSIM",
+        "PSNR (dB)",
+        "MSE",
+        "Labels right",
+        "Lift in SSIM",
+    ]
     identified = any(row.identified for row in report.rows)
     lines = []
     for row in report.rows:
@@ -423,7 +420,9 @@ def _notes(report: Report) -> list[str]:
     if broken := sum(row.nan for row in report.rows):
         notes.append(f"Reconstructions with a score that is not a number: {broken}. They count as no leak.")
     if missing := sum(row.uncontrolled for row in report.rows):
-        notes.append(f"Scores without a control to compare with: {missing}. There SSIM of {LEAK_SSIM:g} alone makes a leak.")
+        notes.append(
+            f"Scores without a control to compare with: {missing}. There SSIM of {LEAK_SSIM:g} alone makes a leak."
+        )
     if report.unplanned:
         notes.append(f"Stored outcomes that belong to no planned trial: {report.unplanned}. They were left out.")
     return notes

@@ -64,8 +64,8 @@ class StepDecay:
 
     def __call__(self, step: Tensor) -> Tensor:
         """1, 0.1, 0.01 or 0.001."""
-        passed = sum((step >= self.steps * eighths // 8).double() for eighths in (3, 5, 7))
-        return 0.1**passed
+        passed = torch.stack([step >= self.steps * eighths // 8 for eighths in (3, 5, 7)]).sum(0)
+        return torch.pow(0.1, passed.double())
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,11 @@ class Adam:
 def _first_order(x: Tensor) -> FirstOrderState:
     zero = torch.zeros_like(x)
     return FirstOrderState(
-        x, torch.zeros((), dtype=torch.int64, device=x.device), zero, zero.clone(), torch.zeros((), dtype=torch.bool, device=x.device)
+        x,
+        torch.zeros((), dtype=torch.int64, device=x.device),
+        zero,
+        zero.clone(),
+        torch.zeros((), dtype=torch.bool, device=x.device),
     )
 
 

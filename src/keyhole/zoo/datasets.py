@@ -214,8 +214,7 @@ def _counts(name: str, rows: int, first: tuple[int, ...], candidates: int | None
     if sum(counts) > rows:
         wanted = " + ".join(f"{pool} {count}" for pool, count in zip(_POOLS, counts, strict=True))
         raise DataError(
-            f"data set '{name}' has {rows} images, but {wanted} = {sum(counts)} are asked for; lower one of "
-            "them."
+            f"data set '{name}' has {rows} images, but {wanted} = {sum(counts)} are asked for; lower one of them."
         )
     return counts
 
@@ -239,8 +238,7 @@ def _stack(name: str, images: list[Tensor], size: int | None) -> Tensor:
     if len(shapes) > 1:
         (h, w), (h2, w2) = shapes[0], shapes[-1]
         raise DataError(
-            f"images of '{name}' differ in size, from {h}x{w} to {h2}x{w2} pixels; set data.size to resize "
-            "them."
+            f"images of '{name}' differ in size, from {h}x{w} to {h2}x{w2} pixels; set data.size to resize them."
         )
     return torch.stack(same)
 
@@ -320,9 +318,7 @@ def _pick_column(table: _Table, kind: str, given: str | None, feature: type, usu
     columns = ", ".join(table.features)
     if given is not None:
         if given not in table.features:
-            raise DataError(
-                f"data.{kind}_column is '{given}', but the columns of '{table.name}' are: {columns}."
-            )
+            raise DataError(f"data.{kind}_column is '{given}', but the columns of '{table.name}' are: {columns}.")
         return given
     typed = [column for column, kind_of in table.features.items() if isinstance(kind_of, feature)]
     named = [column for column in usual if column in table.features]
@@ -346,17 +342,14 @@ def _class_indices(table: _Table, column: str, values: list[Any]) -> tuple[np.nd
         classes = {text: index for index, text in enumerate(sorted(set(values)))}
         return np.array([classes[value] for value in values], dtype=np.int64), len(classes)
     if not kinds <= {int, bool}:
-        found = " and ".join(
-            sorted("missing values" if kind is type(None) else kind.__name__ for kind in kinds)
-        )
+        found = " and ".join(sorted("missing values" if kind is type(None) else kind.__name__ for kind in kinds))
         raise DataError(f"{where} holds {found}; class numbers or class names are needed, for every row.")
     declared = getattr(table.features[column], "num_classes", None)
     count = int(max(values)) + 1 if declared is None else declared
     if min(values) < 0 or max(values) >= count:
         limit = "0 or above" if declared is None else f"0 to {count - 1}, as its header declares"
         raise DataError(
-            f"{where} holds {min(values)} to {max(values)}; classes must be {limit} (-1 often marks "
-            "unlabelled rows)."
+            f"{where} holds {min(values)} to {max(values)}; classes must be {limit} (-1 often marks unlabelled rows)."
         )
     return np.array(values, dtype=np.int64), count
 
@@ -366,9 +359,7 @@ def _local(path: Path, choice: Choice) -> Source:
         if path.suffix.lower() != ".parquet":
             raise DataError(f"data file '{path}' is not Parquet; give a .parquet file, or a folder.")
         return _parquet([path], path.parent, str(path), choice)
-    inside = [
-        file for file in sorted(path.rglob("*")) if file.is_file() and not _hidden(file.relative_to(path))
-    ]
+    inside = [file for file in sorted(path.rglob("*")) if file.is_file() and not _hidden(file.relative_to(path))]
     if not inside:
         raise DataError(f"data folder '{path}' is empty.")
     tables = [file for file in inside if file.suffix.lower() == ".parquet"]
@@ -408,9 +399,7 @@ def _parquet(files: list[Path], root: Path, name: str, choice: Choice) -> Source
             schemas.append(parquet.read_schema(file))
     for file, schema in zip(chosen, schemas, strict=True):
         if schema.names != schemas[0].names:
-            raise DataError(
-                f"Parquet files '{chosen[0]}' and '{file}' have different columns; give one of them."
-            )
+            raise DataError(f"Parquet files '{chosen[0]}' and '{file}' have different columns; give one of them.")
     with _readable(chosen[0]):
         features = datasets.Features.from_arrow_schema(schemas[0])
 
@@ -443,9 +432,7 @@ def _readable(file: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, TypeError, _need("pyarrow").ArrowException) as error:
-        raise DataError(
-            f"cannot read '{file}' as Parquet, it may be damaged or cut off ({_cause(error)})."
-        ) from error
+        raise DataError(f"cannot read '{file}' as Parquet, it may be damaged or cut off ({_cause(error)}).") from error
 
 
 def _hub(hub_id: str, choice: Choice) -> Source:
@@ -496,8 +483,7 @@ def _image_folder(folder: Path, files: list[Path], choice: Choice) -> Source:
     """One subfolder for each class, perhaps below ``train``, ``test``...; classes are numbered as sorted."""
     if choice.image_column or choice.label_column:
         raise ConfigError(
-            f"'{folder}' is a folder of images and has no columns; remove data.image_column and "
-            "data.label_column."
+            f"'{folder}' is a folder of images and has no columns; remove data.image_column and data.label_column."
         )
     paths = [file.relative_to(folder) for file in files if file.suffix.lower() in _IMAGE_SUFFIXES]
     if not paths:
@@ -515,9 +501,7 @@ def _image_folder(folder: Path, files: list[Path], choice: Choice) -> Source:
     level = 1 if split_level else 0
     loose = next((path for path in paths if len(path.parts) < level + 2), None)
     if loose is not None:
-        raise DataError(
-            f"image '{folder / loose}' is in no class; an image folder needs one subfolder for each class."
-        )
+        raise DataError(f"image '{folder / loose}' is in no class; an image folder needs one subfolder for each class.")
     classes = {name: index for index, name in enumerate(sorted({path.parts[level] for path in paths}))}
     labels = np.array([classes[path.parts[level]] for path in paths], dtype=np.int64)
 
@@ -575,9 +559,7 @@ def _from_memory(images: np.ndarray, top: float) -> Callable[[Sequence[int]], li
     return lambda rows: [_unit(images[row], top) for row in rows]
 
 
-@DATASETS.add(
-    name="faces", paper="Huang et al. 2007", url="https://scikit-image.org/docs/stable/api/skimage.data.html"
-)
+@DATASETS.add(name="faces", paper="Huang et al. 2007", url="https://scikit-image.org/docs/stable/api/skimage.data.html")
 def faces() -> Source:
     """100 grey faces, each a class of its own, enlarged from 25x25 to 32x32 pixels; comes with scikit-image.
 
@@ -608,9 +590,7 @@ def digits() -> Source:
     url="https://huggingface.co/datasets/ylecun/mnist",
     facts={"hub": "ylecun/mnist"},
 )
-def mnist(
-    *, split: str | None = None, image_column: str | None = None, label_column: str | None = None
-) -> Source:
+def mnist(*, split: str | None = None, image_column: str | None = None, label_column: str | None = None) -> Source:
     """Handwritten digits, 28x28 grey, 10 classes, 60,000 for training and 10,000 for test.
 
     Reference: LeCun, Bottou, Bengio and Haffner, "Gradient-based learning applied to document recognition",
@@ -644,9 +624,7 @@ def fashion_mnist(
     url="https://huggingface.co/datasets/uoft-cs/cifar10",
     facts={"hub": "uoft-cs/cifar10"},
 )
-def cifar10(
-    *, split: str | None = None, image_column: str | None = None, label_column: str | None = None
-) -> Source:
+def cifar10(*, split: str | None = None, image_column: str | None = None, label_column: str | None = None) -> Source:
     """Small colour photographs, 32x32, 10 classes, 50,000 for training and 10,000 for test.
 
     Reference: Krizhevsky, "Learning multiple layers of features from tiny images", 2009,

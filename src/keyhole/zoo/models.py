@@ -234,9 +234,7 @@ def _import_factory(path: str) -> Callable[..., Any]:
         found = getattr(found, part)
     if isinstance(found, nn.Module) or not callable(found):
         kind = type(found).__name__
-        raise ModelError(
-            f"model factory '{path}' is a {kind}; a function (or class) that makes the model is needed."
-        )
+        raise ModelError(f"model factory '{path}' is a {kind}; a function (or class) that makes the model is needed.")
     made: Callable[..., Any] = found
     return made
 
@@ -250,9 +248,7 @@ def _called(name: str, factory: Callable[..., Any], arguments: dict[str, Any]) -
         listed = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
         raise ModelError(f"model '{name}' called with ({listed}) failed ({_cause(error)}).") from error
     if not isinstance(model, nn.Module):
-        raise ModelError(
-            f"model factory '{name}' returned a {type(model).__name__}; a torch.nn.Module is needed."
-        )
+        raise ModelError(f"model factory '{name}' returned a {type(model).__name__}; a torch.nn.Module is needed.")
     return model
 
 
@@ -274,8 +270,7 @@ def load_state(model: nn.Module, path: Path) -> None:
         raise ModelError(f"weights file '{path}' lacks {_some(missing)}; it belongs to another model.")
     if unexpected:
         raise ModelError(
-            f"weights file '{path}' has {_some(unexpected)}, which the model has not; it belongs to another "
-            "model."
+            f"weights file '{path}' has {_some(unexpected)}, which the model has not; it belongs to another model."
         )
     for name, tensor in loaded.items():
         if tensor.shape != expected[name].shape:

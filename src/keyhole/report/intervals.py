@@ -1,0 +1,118 @@
+"""Estimates with 95 % intervals that resample images and networks."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+Matrix = NDArray[np.float64]
+"""Networks x images, NaN where an image was not scored on a network."""
+
+RESAMPLES = 2000
+_Z = float(stats.norm.ppf(0.975))
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its 95 % interval; NaN where there is none."""
+
+    value: float = math.nan
+    low: float = math.nan
+    high: float = math.nan
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A metric over images; ``low`` and ``high`` bound the median with 95 % confidence."""
+
+    median: float = math.nan
+    mean: float = math.nan
+    low: float = math.nan
+    high: float = math.nan
+    q10: float = math.nan
+    q90: float = math.nan
+
+
+def wilson(share: float, n: int) -> tuple[float, float]:
+    """The 95 % Wilson score interval of a share of ``n``; ``share * n`` need not be whole."""
+    scale = 1 + _Z**2 / n
+    centre = (share + _Z**2 / (2 * n)) / scale
+    half = _Z / scale * math.sqrt(share * (1 - share) / n + _Z**2 / (4 * n**2))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def _resampled(matrix: Matrix) -> tuple[Matrix, Matrix, Matrix]:
+    """Sorted present values, how often each is drawn (resamples, values) and the number drawn (resamples,)."""
+    networks, images = matrix.shape
+    # A fresh generator for each interval: no result depends on which rows were summarised before it.
+    rng = np.random.default_rng(20240229)
+    rows = rng.multinomial(networks, np.full(networks, 1 / networks), size=RESAMPLES)
+    columns = rng.multinomial(images, np.full(images, 1 / images), size=RESAMPLES)
+    present = np.argwhere(~np.isnan(matrix))
+    present = present[np.argsort(matrix[present[:, 0], present[:, 1]], kind="stable")]
+    drawn = (rows[:, present[:, 0]] * columns[:, present[:, 1]]).astype(np.float64)
+    return matrix[present[:, 0], present[:, 1]], drawn, drawn.sum(1)
+
+
+def bootstrap(matrix: Matrix, statistic: str = "mean") -> tuple[float, float]:
+    """The 95 % percentile interval of the mean or the median, resampling images and networks independently.
+
+    Several networks on the same images are not so many more images: resampling both sides of the matrix keeps what
+    the images share, and what the networks share, together.
+
+    Args:
+        matrix: networks x images, NaN for holes.
+        statistic: ``"mean"`` or ``"median"``.
+
+    Returns:
+        Lower and upper bound; NaN without values.
+    """
+    if not (~np.isnan(matrix)).any():
+        return math.nan, math.nan
+    values, drawn, total = _resampled(matrix)
+    hit = total > 0  # a resample can consist of holes
+    drawn, total = drawn[hit], total[hit]
+    if statistic == "mean":
+        found = drawn @ values / total
+    else:
+        below = drawn.cumsum(1) * 2
+        lower = values[(below >= total[:, None]).argmax(1)]
+        upper = values[(below > total[:, None]).argmax(1)]
+        found = (lower + upper) / 2
+    low, high = np.quantile(found, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def rate(matrix: Matrix) -> Estimate:
+    """A share of ones with the wider of the bootstrap and the Wilson interval.
+
+    When all images agree, every resample does too and the bootstrap has zero width, as if 16 of 16 proved 100 %.
+    Wilson with the number of distinct images is honest there; the bootstrap is where networks disagree.
+    """
+    if not (~np.isnan(matrix)).any():
+        return Estimate()
+    value = float(np.nanmean(matrix))
+    images = int((~np.isnan(matrix)).any(0).sum())
+    low, high = max(bootstrap(matrix), wilson(value, images), key=lambda pair: pair[1] - pair[0])
+    return Estimate(value, min(low, value), max(high, value))
+
+
+def mean(matrix: Matrix) -> Estimate:
+    """The mean with its bootstrap interval."""
+    if not (~np.isnan(matrix)).any():
+        return Estimate()
+    return Estimate(float(np.nanmean(matrix)), *bootstrap(matrix))
+
+
+def spread(matrix: Matrix) -> Spread:
+    """Median with its bootstrap interval, mean, and the 10 % and 90 % quantiles of the values that are numbers."""
+    values = matrix[~np.isnan(matrix)]
+    if not values.size:
+        return Spread()
+    low, high = bootstrap(matrix, "median")
+    q10, median, q90 = (float(q) for q in np.quantile(values, [0.1, 0.5, 0.9]))
+    return Spread(median, float(values.mean()), low, high, q10, q90)
