@@ -34,7 +34,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-out = Console()
+# A pipe or a log has no width; 80 columns would cut the tables.
+out = Console(width=None if sys.stdout.isatty() else 120)
 err = Console(stderr=True)
 
 KINDS: dict[str, Registry] = {
@@ -161,7 +162,7 @@ def _presets() -> list[dict[str, Any]]:
 
 
 def _report(folder: Path) -> None:
-    from keyhole.report.render import Images, render_html, render_table
+    from keyhole.report.render import Images, render_html, render_markdown, render_verdict
     from keyhole.report.summarize import Setting, summarize
 
     store = Store(folder)
@@ -175,7 +176,8 @@ def _report(folder: Path) -> None:
     images = Images(secrets, reconstructions) if reconstructions else None
     store.write_text("report.json", report.to_json())
     html = store.write_text("report.html", render_html(report, setting, outcomes, images))
-    head, *rows = render_table(report)
+    store.write_text("report.md", render_markdown(report))
+    head, *rows = render_verdict(report)
     table = Table(*head, box=None, padding=(0, 1))
     for row in rows:
         table.add_row(*(escape(value) for value in row))

@@ -24,7 +24,6 @@ import keyhole.parts.labels
 import keyhole.zoo  # noqa: F401  (these imports fill the registries)
 from keyhole.core.registry import ATTACKS, DEFENSES, LABELS, MODELS, Card, Registry
 from keyhole.core.trial import Spec
-from keyhole.core.types import Field as SeenField
 from keyhole.errors import ConfigError, UnknownName
 
 
@@ -87,7 +86,7 @@ class ClientSection(_Section):
 class AttackerSection(_Section):
     """``[attacker]``: what the attacker sees, and the label rule of attacks that do not name their own."""
 
-    sees: list[SeenField] = ["weights", "update"]
+    sees: list[Literal["weights", "update", "targets"]] = ["weights", "update"]
     labels: str | None = None
 
 

@@ -184,8 +184,9 @@ def _worth_showing(link: Spec) -> list[str]:
     if link.name not in DEFENSES:
         return list(link.asdict())
     knobs = DEFENSES.card(link.name).signature().parameters
-    first = next(iter(knobs), None)
-    return [n for n, v in link.asdict().items() if n == first or n not in knobs or v != knobs[n].default]
+    given = link.asdict()
+    known = [n for i, n in enumerate(knobs) if n in given and (i == 0 or given[n] != knobs[n].default)]
+    return known + [n for n in given if n not in knobs]
 
 
 def _attack_names(trials: Sequence[Trial]) -> dict[Spec, str]:

@@ -122,6 +122,23 @@ def render_table(report: Report) -> list[tuple[str, ...]]:
     return [_TABLE, *rows]
 
 
+def render_verdict(report: Report) -> list[tuple[str, ...]]:
+    """The head and one row of strings for each defense: leaks under the naive and the worst adaptive attacker.
+
+    Returns:
+        Defense, attack, naive, adaptive, best control: each as a rate with its interval.
+    """
+    rows: list[tuple[str, ...]] = [("defense", "attack", "naive", "adaptive, worst", "controls, most")]
+    cells: dict[tuple[str, str], list[Row]] = {}
+    for row in report.rows:
+        cells.setdefault((row.defense, row.attack), []).append(row)
+    for (defense, attack), own in cells.items():
+        kinds = ([r for r in own if r.n and r.attacker.startswith(kind)] for kind in ("naive", "adaptive:", "control:"))
+        worst = (max(some, key=lambda row: row.leak_rate.value, default=None) for some in kinds)
+        rows.append((defense, attack, *(_rate(row.leak_rate) if row else NOTHING for row in worst)))
+    return rows
+
+
 def render_markdown(report: Report) -> str:
     """The report without pictures, for a pull request or a wiki."""
     parts = [f"# Keyhole: {_escaped(report.title)}" if report.title else "# Keyhole", f"**{_escaped(report.verdict)}**"]

@@ -1,0 +1,144 @@
+"""Re-measure the claim cards: run what each names, write what came out back into it, and render docs/claims.md.
+
+A claim that is not met stays, marked as unmet. Run by `make claims`; audits resume where they stopped.
+
+    python tests/claims/measure.py [--only NAME ...] [--from AUDIT=DIR ...] [--render]
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+PAGE = ROOT / "docs" / "claims.md"
+
+
+def cards() -> dict[str, dict[str, Any]]:
+    """All cards by file name."""
+    return {path.stem: json.loads(path.read_text()) for path in sorted(HERE.glob("*.json"))}
+
+
+def is_met(card: dict[str, Any]) -> bool | None:
+    """Whether the measured value keeps the claim; `None` where nothing was measured or no bar is set."""
+    measured, claimed = card.get("measured"), card["claimed"]
+    if measured is None or claimed is None:
+        return None
+    return claimed.get("at_least", float("-inf")) <= measured <= claimed.get("at_most", float("inf"))
+
+
+def rows_of(audit_name: str, folder: Path | None, overrides: list[str]) -> list[dict[str, Any]]:
+    """Run an audit, or take the finished one in ``folder``, and return the rows of its report."""
+    source = str(HERE / audit_name) if audit_name.endswith(".toml") else audit_name
+    command = [sys.executable, "-c", "from keyhole.cli import main; main()"]
+    if folder is None:
+        folder = ROOT / "audits" / "claims" / audit_name.removesuffix(".toml")
+        arguments = ["audit", source, "--out", str(folder), *(f"--set={o}" for o in overrides)]
+    else:
+        arguments = ["report", str(folder)]
+    subprocess.run([*command, *arguments], check=True)
+    report = json.loads((folder / "report.json").read_text())
+    if not report["complete"]:
+        raise SystemExit(f"the audit in {folder} is not complete; run it to the end first")
+    return list(report["rows"])
+
+
+def measure_rows(how: dict[str, Any], rows: list[dict[str, Any]]) -> tuple[float, list[float] | None]:
+    """A number and its interval from a report's rows."""
+    own = [r for r in rows if r["defense"] == how.get("defense", r["defense"])]
+    if how["kind"] == "row":
+        (row,) = [r for r in own if r["attacker"] == how["attacker"]]
+        cell = row[how["value"]]
+        return (cell["median"] if "median" in cell else cell["value"]), [cell["low"], cell["high"]]
+    controls = [r for r in rows if r["attacker"].startswith("control:")]
+    if how["kind"] == "highest_control":
+        worst = max(controls, key=lambda r: r[how["value"]]["value"])[how["value"]]
+        return worst["value"], [worst["low"], worst["high"]]
+    if how["kind"] == "median_over_best_control":
+        (row,) = [r for r in own if r["attacker"] == how["attacker"]]
+        best = max(r[how["value"]]["median"] for r in controls)
+        cell = row[how["value"]]
+        return cell["median"] - best, [cell["low"] - best, cell["high"] - best]
+    raise SystemExit(f"unknown kind of measurement '{how['kind']}'")
+
+
+def run_benchmark() -> dict[str, Any]:
+    """The speed benchmark's figures."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "figures.json"
+        subprocess.run([sys.executable, str(ROOT / "benchmarks" / "lifted.py"), "--json", str(path)], check=True)
+        return dict(json.loads(path.read_text()))
+
+
+def dig(figures: Any, path: str) -> float:
+    """The value at a dotted path."""
+    for part in path.split("."):
+        figures = figures[part]
+    return float(figures)
+
+
+def render(all_cards: dict[str, dict[str, Any]]) -> str:
+    """docs/claims.md."""
+    lines = [
+        "# Claims",
+        "",
+        "What Keyhole says of itself, what was measured, and when. `make claims` measures all of it again;",
+        "claims that are not met stay here. Each card is a file in `tests/claims/`.",
+        "",
+        "| claim | bar | measured (95 % interval) | met | date |",
+        "|---|---|---|---|---|",
+    ]
+    for card in all_cards.values():
+        bar = "shown" if card["claimed"] is None else " and ".join(
+            f"{k.replace('_', ' ')} {v:g}" for k, v in card["claimed"].items()
+        )
+        value = "not yet measured" if card.get("measured") is None else f"{card['measured']:.3g}"
+        if card.get("interval"):
+            value += " ({:.3g} to {:.3g})".format(*card["interval"])
+        met = {True: "yes", False: "**no**", None: "-"}[is_met(card)]
+        lines.append(f"| {card['statement']} | {bar} | {value} | {met} | {card.get('date') or '-'} |")
+    lines += ["", "Settings:", ""]
+    settings = {card["setting"]: card.get("paper", "") for card in all_cards.values()}
+    lines += [f"- {setting}" + (f" After {paper}." if paper else "") for setting, paper in settings.items()]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Measure and write."""
+    parser = argparse.ArgumentParser(description="Re-measure the claim cards.")
+    parser.add_argument("--only", nargs="*", help="names of cards")
+    parser.add_argument("--from", nargs="*", default=[], dest="folders", help="AUDIT=DIR of finished audits")
+    parser.add_argument("--render", action="store_true", help="only write docs/claims.md from the cards")
+    chosen = parser.parse_args()
+    everything = cards()
+    if not chosen.render:
+        folders = dict(pair.split("=", 1) for pair in chosen.folders)
+        reports: dict[str, list[dict[str, Any]]] = {}
+        figures: dict[str, Any] | None = None
+        for name, card in everything.items():
+            if chosen.only and name not in chosen.only:
+                continue
+            how = card["measure"]
+            if how["kind"] == "benchmark":
+                figures = figures or run_benchmark()
+                card["measured"], card["interval"] = dig(figures, how["value"]), None
+            else:
+                audit = how["audit"]
+                if audit not in reports:
+                    reports[audit] = rows_of(audit, Path(folders[audit]) if audit in folders else None, [])
+                card["measured"], card["interval"] = measure_rows(how, reports[audit])
+            card["date"] = datetime.date.today().isoformat()
+            (HERE / f"{name}.json").write_text(json.dumps(card, indent=2) + "\n")
+            print(f"{name}: {card['measured']:.4g}, met: {is_met(card)}")
+    PAGE.write_text(render(everything))
+
+
+if __name__ == "__main__":
+    main()

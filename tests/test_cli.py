@@ -1,0 +1,106 @@
+"""Bad input on the command line: one clear sentence, exit code 2, nothing written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from keyhole import cli
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr("sys.argv", ["keyhole", *arguments])
+    monkeypatch.setattr("warnings.showwarning", lambda *a, **k: None)
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    return int(left.value.code or 0)
+
+
+MODEL = """
+from torch import nn
+def normed(input_shape, num_classes):
+    return nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(72, num_classes))
+def dropped(num_classes):
+    return nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(64, num_classes))
+def plain(num_classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, num_classes))
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["audit", "fases"], "did you mean 'faces'"),
+        (["audit", "absent.toml"], "no audit file"),
+        (["audit", "quick", "--set", "attacks.0.name=idgl"], "did you mean 'idlg'"),
+        (["audit", "quick", "--set", "attacks.0.stepz=1"], "did you mean 'steps'"),
+        (["audit", "quick", "--set", "run.sampels=1"], "did you mean 'samples'"),
+        (["audit", "quick", "--set", "run.samples=many"], "valid integer"),
+        (["audit", "quick", "--set", "run.budget=-1"], "greater than or equal to 0"),
+        (["audit", "quick", "--set", "client.batch_size=100"], "larger than the target pool"),
+        (["audit", "quick", "--set", "data.target=100000"], "1797"),
+        (["audit", "quick", "--set", "data.name=digitz"], "did you mean 'digits'"),
+        (["audit", "quick", "--set", "data.name=./empty"], "empty"),
+        (["audit", "quick", "--set", "data.name=./corrupt.parquet"], "corrupt.parquet"),
+        (["audit", "quick", "--set", "state.train=./weights.safetensors"], "weights.safetensors"),
+        (["audit", "quick", "--device", "cuda"], "not available"),
+        (["audit", "quick", "--device", "tpu"], "cpu, cuda"),
+        (["audit", "normed.toml"], 'batchnorm = "eval"'),
+        (["audit", "dropped.toml"], 'dropout = "off"'),
+        (["audit", "absent_factory.toml"], "no_such_function"),
+        (["report", "."], "no audit"),
+        (["list", "atacks"], "did you mean 'attacks'"),
+        (["show", "clipp"], "did you mean 'clip'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_one_sentence_and_code_2(
+    arguments: list[str],
+    sentence: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import torch
+
+    if "cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("this machine has the device")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "corrupt.parquet").write_bytes(b"PAR1 cut off")
+    (tmp_path / "weights.safetensors").write_bytes(b"\x80\x04 a pickle, perhaps")
+    (tmp_path / "nets_under_test.py").write_text(MODEL)
+    factories = {"normed": "normed", "dropped": "dropped", "absent_factory": "no_such_function"}
+    for name, function in factories.items():
+        (tmp_path / f"{name}.toml").write_text(
+            f'[data]\nname = "digits"\n[model]\nfactory = "nets_under_test:{function}"\n[[attacks]]\nname = "idlg"\n'
+        )
+    before = {path.name for path in tmp_path.iterdir()}
+    assert run(monkeypatch, *arguments) == 2
+    said = capsys.readouterr().err
+    assert sentence in said
+    assert said.startswith("Error: ")
+    assert said.count("\n") == 1, f"more than one line: {said}"
+    assert "Traceback" not in said
+    assert {path.name for path in tmp_path.iterdir()} - {"__pycache__"} <= before, "something was written"
+
+
+def test_own_factory_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "nets_that_work.py").write_text(MODEL)
+    (tmp_path / "mine.toml").write_text(
+        '[data]\nname = "digits"\n[model]\nfactory = "nets_that_work:plain"\n[[attacks]]\nname = "idlg"\nsteps = 30\n'
+        "[run]\nsamples = 2\n"
+    )
+    assert run(monkeypatch, "audit", "mine.toml", "--jobs", "1") == 0
+    assert "recovered 2 of 2 images" in capsys.readouterr().out
+    assert (tmp_path / "audits" / "mine" / "report.html").exists()
+
+
+def test_show_and_list(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, "show", "random_masking") == 0
+    shown = capsys.readouterr().out
+    assert "granularity" in shown
+    assert "2408.08430" in shown
+    assert run(monkeypatch, "list", "defenses") == 0
+    assert "gaussian_noise" in capsys.readouterr().out
