@@ -194,7 +194,9 @@ class Cost:
         )
 
 
-def step_cost(name: str, options: dict[str, Any], shape: tuple[int, ...], classes: int, trials: int, rounds: int) -> Cost:
+def step_cost(
+    name: str, options: dict[str, Any], shape: tuple[int, ...], classes: int, trials: int, rounds: int
+) -> Cost:
     """Milliseconds of an evaluation, classic and lifted in turn."""
     problem = make_problem(name, options, *noise_images(trials, shape, classes), classes)
     attack = idlg(labels="given")
@@ -298,7 +300,8 @@ class Tally:
         return (
             f"{self.name}: {self.price:.3f} core-s a reconstruction, {1 / self.price:.2f} a core-s; "
             f"{self.recovered} of {len(self.ssim)} images at SSIM >= {RECOVERED}, "
-            f"{fmean(self.evaluations):.0f} evaluations an image, {self.seconds / sum(self.evaluations) * 1e3:.2f} ms each, "
+            f"{fmean(self.evaluations):.0f} evaluations an image, "
+            f"{1e3 * self.seconds / sum(self.evaluations):.2f} ms each, "
             f"{self.capped} out of evaluations"
         )
 
@@ -319,76 +322,78 @@ def run_lifted(problem: Problem, attack: GradientMatching) -> Tally:
     return tally
 
 
-def run_one_by_one(problem: Problem, attack: GradientMatching, trials: Sequence[int], tally: Tally) -> None:
+Answer = tuple[Tensor, int, bool]
+"""An image, the evaluations it took, and whether they ran out."""
+
+
+def one_by_one(problem: Problem, attack: GradientMatching, trial: int) -> Answer:
     """`torch.optim.LBFGS` with what the lifted attack has too: start, objective, stop rules, best iterate.
 
     It judges every evaluation, where the engine looks at a group every ten. Its absolute tolerances are off, as they
     would freeze trials that the stop rules let go on.
     """
-    for trial in trials:
-        began = process_time()
-        image = problem.starts[trial].clone().requires_grad_(True)
-        label, target, scale = problem.labels[trial : trial + 1], problem.target(trial), problem.scale(trial)
-        best, kept, mark, count = math.inf, image.detach().clone(), math.inf, 0
-        optimizer = torch.optim.LBFGS(
-            [image], lr=1, max_iter=20, history_size=100, tolerance_grad=0, tolerance_change=0
-        )
+    image = problem.starts[trial].clone().requires_grad_(True)
+    label, target, scale = problem.labels[trial : trial + 1], problem.target(trial), problem.scale(trial)
+    best, kept, mark, count = math.inf, image.detach().clone(), math.inf, 0
 
-        def closure() -> Tensor:
-            nonlocal best, kept, mark, count
-            objective = classic_step(problem.model, image, label, target, scale)
-            value, count = float(objective), count + 1
-            if value < best:
-                best, kept = value, image.detach().clone()
-            if best <= attack.tolerance or count >= attack.steps or not math.isfinite(value):
+    def closure() -> Tensor:
+        nonlocal best, kept, mark, count
+        objective = classic_step(problem.model, image, label, target, scale)
+        value, count = float(objective), count + 1
+        if value < best:
+            best, kept = value, image.detach().clone()
+        if best <= attack.tolerance or count >= attack.steps or not math.isfinite(value):
+            raise Enough
+        if count % attack.patience == 0:
+            if not best < mark * (1 - attack.min_progress):
                 raise Enough
-            if count % attack.patience == 0:
-                if not best < mark * (1 - attack.min_progress):
-                    raise Enough
-                mark = best
-            return objective
+            mark = best
+        return objective
 
-        try:
-            while True:
-                optimizer.step(closure)
-        except Enough:
-            pass
-        tally.seconds += process_time() - began
-        tally.ssim += _score(kept, problem.secrets[trial : trial + 1])
-        tally.evaluations.append(count)
-        tally.capped += count >= attack.steps
+    optimizer = torch.optim.LBFGS([image], lr=1, max_iter=20, history_size=100, tolerance_grad=0, tolerance_change=0)
+    try:
+        while True:
+            optimizer.step(closure)
+    except Enough:
+        return kept, count, count >= attack.steps
 
 
-def run_recipe(problem: Problem, trials: Sequence[int], tally: Tally) -> None:
+def recipe(problem: Problem, trial: int) -> Answer:
     """The published scripts: raw objective, noise, `torch.optim.LBFGS` as it comes, the last iterate."""
+    image = normal(fold_in(problem.keys[trial], "recipe"), problem.starts[trial].shape).requires_grad_(True)
+    label, target = problem.labels[trial : trial + 1], problem.target(trial)
+    losses: list[float] = []
+
+    def closure() -> Tensor:
+        if len(losses) >= RECIPE_CAP:
+            raise Enough
+        objective = classic_step(problem.model, image, label, target, lean=False)
+        losses.append(float(objective))
+        return objective
+
+    optimizer = torch.optim.LBFGS([image])
+    outer: list[float] = []
+    try:
+        while len(outer) < RECIPE_OUTER:
+            optimizer.step(closure)
+            outer.append(losses[-1])
+            same = len(outer) >= 5 and len(set(outer[-5:])) == 1
+            if outer[-1] < 1e-6 or not math.isfinite(outer[-1]) or same:
+                break
+    except Enough:
+        return image.detach(), len(losses), True
+    return image.detach(), len(losses), False
+
+
+def add(tally: Tally, run: Callable[[int], Answer], problem: Problem, trials: Sequence[int]) -> None:
+    """Attack some images one by one, and score them off the clock."""
     for trial in trials:
         began = process_time()
-        image = normal(fold_in(problem.keys[trial], "recipe"), problem.starts[trial].shape).requires_grad_(True)
-        label, target = problem.labels[trial : trial + 1], problem.target(trial)
-        optimizer = torch.optim.LBFGS([image])
-        losses: list[float] = []
-
-        def closure() -> Tensor:
-            if len(losses) >= RECIPE_CAP:
-                raise Enough
-            objective = classic_step(problem.model, image, label, target, lean=False)
-            losses.append(float(objective))
-            return objective
-
-        outer: list[float] = []
-        try:
-            while len(outer) < RECIPE_OUTER:
-                optimizer.step(closure)
-                outer.append(losses[-1])
-                if outer[-1] < 1e-6 or not math.isfinite(outer[-1]):
-                    break
-                if len(outer) >= 5 and len(set(outer[-5:])) == 1:
-                    break
-        except Enough:
-            tally.capped += 1
+        image, evaluations, capped = run(trial)
         tally.seconds += process_time() - began
-        tally.ssim += _score(image.detach(), problem.secrets[trial : trial + 1])
-        tally.evaluations.append(len(losses))
+        tally.ssim += _score(image, problem.secrets[trial : trial + 1])
+        tally.evaluations.append(evaluations)
+        tally.capped += capped
 
 
 def _score(guesses: Tensor, secrets: Tensor) -> list[float]:
@@ -419,13 +424,14 @@ def reconstruct(images: int, fewer: int, rounds: int) -> Throughput:
     problem = make_problem("lenet_zhu", {}, pool.images[:images], pool.labels[:images], data.num_classes)
     attack = idlg(labels="given")
     lifted_ticks(problem)  # warms up
-    runs, equal, recipe = [], Tally("one-by-one"), Tally("literature recipe")
+    runs, equal, published = [], Tally("one-by-one"), Tally("literature recipe")
     for turn in range(rounds):
         runs.append(run_lifted(problem, attack))
-        run_one_by_one(problem, attack, range(turn, fewer, rounds), equal)
-        run_recipe(problem, range(turn, fewer, rounds), recipe)
+        share = range(turn, fewer, rounds)
+        add(equal, lambda trial: one_by_one(problem, attack, trial), problem, share)
+        add(published, lambda trial: recipe(problem, trial), problem, share)
     lifted = replace(runs[0], seconds=median(run.seconds for run in runs))
-    return Throughput(lifted, equal, recipe)
+    return Throughput(lifted, equal, published)
 
 
 def main() -> None:
@@ -438,6 +444,7 @@ def main() -> None:
     print(f"{torch.get_num_threads()} thread, torch {torch.__version__}, {platform.machine()}, float32; CPU time")
 
     print("\nStep cost: <model> <trials> <ms per trial-step> <ratio>x, medians of alternating rounds")
+    sizes: list[tuple[str, dict[str, Any], tuple[int, ...], int, int]]
     sizes = [("lenet_zhu", {}, (1, 32, 32), 100, n) for n in ((1, 32) if options.quick else (1, 8, 32, 128))]
     sizes += [("convnet", {"width": 16}, (3, 32, 32), 10, n) for n in ((4,) if options.quick else (1, 4, 8))]
     steps: list[Cost] = []
@@ -470,7 +477,8 @@ def main() -> None:
             "plain_backward": plain,
             "recipe_cap": RECIPE_CAP,
             "reconstructions": [
-                {**asdict(t), "recovered": t.recovered, "core_seconds_each": t.price} for t in tallies
+                {**asdict(t), "recovered": t.recovered, "core_seconds_each": t.price if t.recovered else None}
+                for t in tallies
             ],
             "ratios": done.ratios(),
         }

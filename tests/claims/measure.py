@@ -96,8 +96,10 @@ def render(all_cards: dict[str, dict[str, Any]]) -> str:
         "|---|---|---|---|---|",
     ]
     for card in all_cards.values():
-        bar = "shown" if card["claimed"] is None else " and ".join(
-            f"{k.replace('_', ' ')} {v:g}" for k, v in card["claimed"].items()
+        bar = (
+            "shown"
+            if card["claimed"] is None
+            else " and ".join(f"{k.replace('_', ' ')} {v:g}" for k, v in card["claimed"].items())
         )
         value = "not yet measured" if card.get("measured") is None else f"{card['measured']:.3g}"
         if card.get("interval"):

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from keyhole.cli import KINDS
 from keyhole.errors import StoreError
 from keyhole.experiment.audit import audit

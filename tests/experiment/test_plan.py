@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+
 from keyhole.core.trial import Outcome
 from keyhole.experiment.plan import choose, plan, plan_tuning
 from keyhole.experiment.setup import Setup, prepare

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tomllib
 
 import pytest
+
 from keyhole.core.trial import Spec
 from keyhole.errors import ConfigError, UnknownName
 from keyhole.experiment.spec import load_experiment, parse_experiment, presets
@@ -32,7 +33,12 @@ def test_undefended_is_always_run_and_once() -> None:
 def test_a_list_means_one_cell_each() -> None:
     chain = [{"name": "random_masking", "rate": [0.3, 0.5]}, {"name": "clip", "norm": [1.0, 2.0]}]
     cells = parse_experiment(with_(defenses=[{"chain": chain}])).defenses[1:]
-    assert [(a.asdict()["rate"], b.asdict()["norm"]) for a, b in cells] == [(0.3, 1.0), (0.3, 2.0), (0.5, 1.0), (0.5, 2.0)]
+    assert [(a.asdict()["rate"], b.asdict()["norm"]) for a, b in cells] == [
+        (0.3, 1.0),
+        (0.3, 2.0),
+        (0.5, 1.0),
+        (0.5, 2.0),
+    ]
 
 
 def test_defaults_are_filled_in_so_that_equal_means_equal() -> None:

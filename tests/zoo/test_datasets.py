@@ -207,9 +207,7 @@ def test_too_few_rows(sizes: dict[str, int], said: str) -> None:
     assert said in str(error.value)
 
 
-@pytest.mark.parametrize(
-    "sizes", [{"target": 0}, {"public": 0}, {"tune": -1}, {"candidates": -1}, {"size": 0}]
-)
+@pytest.mark.parametrize("sizes", [{"target": 0}, {"public": 0}, {"tune": -1}, {"candidates": -1}, {"size": 0}])
 def test_sizes_out_of_range(sizes: dict[str, int]) -> None:
     with pytest.raises(ConfigError, match=f"data.{next(iter(sizes))}"):
         load_data("faces", **sizes)  # type: ignore[arg-type]
@@ -267,9 +265,7 @@ def test_string_labels_are_sorted_and_plain_bytes_are_images(tmp_path: Path) -> 
     labels = ["dog", "cat", "eel"] * 4
     data = load_data(str(write(tmp_path / "a.parquet", table(labels, cells=cells))), **SMALL)
     assert data.num_classes == 3
-    assert data.target.labels.tolist() == [
-        ["cat", "dog", "eel"].index(labels[row]) for row in data.target.rows
-    ]
+    assert data.target.labels.tolist() == [["cat", "dog", "eel"].index(labels[row]) for row in data.target.rows]
 
 
 def test_images_stored_by_path(tmp_path: Path) -> None:
@@ -395,9 +391,7 @@ def test_image_folder(tmp_path: Path) -> None:
     ("mode", "channels"), [("L", 1), ("1", 1), ("I;16", 1), ("RGB", 3), ("RGBA", 3), ("P", 3), ("LA", 3)]
 )
 def test_modes(tmp_path: Path, mode: str, channels: int) -> None:
-    data = load_data(
-        str(write_folder(tmp_path / mode.replace(";", ""), {"a": 6, "b": 6}, mode=mode)), **SMALL
-    )
+    data = load_data(str(write_folder(tmp_path / mode.replace(";", ""), {"a": 6, "b": 6}, mode=mode)), **SMALL)
     check_pools(data)
     assert data.image_shape == (channels, 5, 6)
     row = data.target.rows[0]

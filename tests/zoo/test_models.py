@@ -131,9 +131,7 @@ def test_cards() -> None:
         ("convnet", (3, 32, 32), {"width": 2.5}, ModelError, "called with .*width=2.5.* failed"),
     ],
 )
-def test_wrong_requests(
-    name: str, shape: tuple[int, ...], options: Any, error: type[Exception], said: str
-) -> None:
+def test_wrong_requests(name: str, shape: tuple[int, ...], options: Any, error: type[Exception], said: str) -> None:
     with pytest.raises(error, match=said):
         build(name, shape, **options)
 

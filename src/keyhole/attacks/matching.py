@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+import keyhole.parts.labels  # noqa: F401  (fills the registry of label rules)
 from keyhole.core.attack import IterativeAttack, Start
 from keyhole.core.defense import strip_prefix
 from keyhole.core.keys import fold_in, normal

@@ -45,6 +45,9 @@ class Counter:
     name: str = "naive"
     needs: frozenset[Field] = frozenset()
     truth_loss: Literal["zero", "law", "none"] = "none"
+    scale_free: bool = False
+    """Compares directions only. In a chain such a counter compares last, whichever defense it belongs to: a norm means
+    the same on both sides only once they have the same entries."""
     then: Any = None
     """A second attack on what the first one found, where the defense calls for it."""
 
@@ -149,6 +152,7 @@ class CounterChain(Counter):
         self.needs = frozenset[Field]().union(*(part.needs for part in parts))
         laws = {part.truth_loss for part in parts}
         self.truth_loss = "zero" if laws == {"zero"} else "none"
+        self.scale_free = all(part.scale_free for part in parts)
 
     def facts(self, task: Task, seen: tuple[Observation, ...]) -> Tensors:
         """Facts of all parts, prefixed with their position."""
@@ -166,8 +170,8 @@ class CounterChain(Counter):
         return gradient
 
     def compare(self, simulated: Tensors, observed: Tensors, facts: Tensors) -> tuple[Tensors, Tensors]:
-        """Each part's comparison, last defense first."""
-        for i, part in reversed(list(enumerate(self.parts))):
+        """Each part's comparison, last defense first, but those that are scale-free at the end."""
+        for i, part in sorted(enumerate(self.parts), key=lambda p: (p[1].scale_free, -p[0])):
             simulated, observed = part.compare(simulated, observed, strip_prefix(facts, f"{i}."))
         return simulated, observed
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
+
 from keyhole.core.defense import Context, Counter, Defense, defended_gradient
 from keyhole.core.keys import fold_in
 from keyhole.core.rule import ClientRule, SingleGradient
@@ -56,7 +58,10 @@ def observe(
         upload = threat.rule(defended_gradient(task, defense, ctx), weights, batch, fold_in(own, "client"))
         update = defense.on_update(upload.update, ctx)
         # Sorted, because the order of a batch leaves no trace in its gradient and must not reach the attacker.
-        order = batch.targets.argmax(-1).argsort(dim=-1, stable=True)
+        # Soft targets of one class are told apart by a weighted sum, so that no two keep the order they came in.
+        weights_of_classes = torch.arange(1, task.num_classes + 1, device=batch.targets.device).double().sqrt()
+        by_mixture = (batch.targets.double() @ weights_of_classes).argsort(dim=-1, stable=True)
+        order = by_mixture[batch.targets.argmax(-1)[by_mixture].argsort(dim=-1, stable=True)]
         seen.append(
             Observation(
                 weights=weights if "weights" in threat.sees else None,

@@ -98,13 +98,15 @@ class Outcome:
     def to_json(self) -> str:
         """One line of JSON."""
         record = {"hash": self.trial.hash, **asdict(self)}
-        return json.dumps(record, sort_keys=True, allow_nan=True)
+        return json.dumps({**record, "check": _checksum(record)}, sort_keys=True, allow_nan=True)
 
     @classmethod
     def from_json(cls, line: str) -> Outcome:
         """The inverse of `to_json`. Raises `ValueError` for a line that is cut off or was changed."""
         record = json.loads(line)
         try:
+            if record.pop("check") != _checksum(record):
+                raise ValueError("its content does not fit its checksum")
             given = record.pop("hash")
             raw = record.pop("trial")
             raw["defense"] = tuple(_spec(s) for s in raw["defense"])
@@ -118,6 +120,10 @@ class Outcome:
         if outcome.trial.hash != given:
             raise ValueError(f"the line's hash {given} does not fit its trial ({outcome.trial.hash})")
         return outcome
+
+
+def _checksum(record: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True, allow_nan=True).encode()).hexdigest()[:16]
 
 
 def _spec(raw: dict[str, Any]) -> Spec:

@@ -23,6 +23,7 @@ class NormMatched(Counter):
 
     name = "norm_matched"
     truth_loss = "zero"
+    scale_free = True
 
     def compare(self, simulated: Tensors, observed: Tensors, facts: Tensors) -> tuple[Tensors, Tensors]:
         """Both at norm 1."""

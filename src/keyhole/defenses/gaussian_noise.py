@@ -17,8 +17,9 @@ class Likelihood(Counter):
     """Match by the likelihood of the noise.
 
     For independent Gaussian noise of one scale that is the squared distance itself, so nothing is compared otherwise;
-    what knowing the scale buys an attacker is the weight of the prior, which the runner tunes for this defense on the
-    tune pool (Balunovic et al. 2022, arXiv 2111.04706, treat the general case).
+    what knowing the scale buys an attacker is the weight of the prior. Give the attack a ``tune`` grid, and the runner
+    chooses that weight for this defense on the tune pool; without one this attacker does what the naive one does.
+    Balunovic et al. 2022 (arXiv 2111.04706) treat the general case.
     """
 
     name = "likelihood"
@@ -33,8 +34,8 @@ class Likelihood(Counter):
         if self.scale == "rms":
             # The clean rms is not seen; the noisy one exceeds it by a known factor.
             share = self.std**2 / (1.0 + self.std**2)
-        else:
-            share = self.std**2 * n / float(squared_norm(observed))
+            return share, share * ((2.0 + 4.0 * self.std**2) / n) ** 0.5 / (1.0 + self.std**2)
+        share = self.std**2 * n / float(squared_norm(observed))
         return share, share * (2.0 / n) ** 0.5
 
 

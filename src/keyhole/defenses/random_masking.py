@@ -54,7 +54,7 @@ class RandomMasking(Defense):
                 masked[name] = value
                 continue
             shape = tuple(value.shape)
-            if self.granularity == "channel":
+            if self.granularity == "channel" and shape:
                 shape = (shape[0], *(1 for _ in shape[1:]))
             kept = bernoulli(fold_in(key, name), 1.0 - self.rate, shape).to(value.dtype)
             masked[name] = value * kept * factor
@@ -62,4 +62,4 @@ class RandomMasking(Defense):
 
     def counters(self) -> tuple[Counter, ...]:
         """Matching the survivors at the scale they had."""
-        return (Survivors(1.0 / (1.0 - self.rate) if self.rescale else 1.0),)
+        return (Survivors(1.0 / (1.0 - self.rate) if self.rescale else 1.0, spares_norms=not self.batchnorm),)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from keyhole.core.defense import Counter
+from keyhole.core.task import Task
 from keyhole.core.tensors import map_tensors
-from keyhole.core.types import Tensors
+from keyhole.core.types import Observation, Tensors
 
 
 class Survivors(Counter):
@@ -14,15 +15,22 @@ class Survivors(Counter):
 
     Args:
         rescale: factor that the client is known to have put on the survivors, undone before comparing.
+        spares_norms: whether the client leaves BatchNorm's scale and shift as they are.
     """
 
     name = "survivors"
     truth_loss = "zero"
 
-    def __init__(self, rescale: float = 1.0) -> None:
-        self.rescale = rescale
+    def __init__(self, rescale: float = 1.0, *, spares_norms: bool = True) -> None:
+        self.rescale, self.spares_norms = rescale, spares_norms
+
+    def facts(self, task: Task, seen: tuple[Observation, ...]) -> Tensors:
+        """The factor that was put on each tensor, scalars by name."""
+        spared = task.norm_params if self.spares_norms else frozenset[str]()
+        update = seen[0].update or {}
+        return {name: value.new_tensor(1.0 if name in spared else self.rescale) for name, value in update.items()}
 
     def compare(self, simulated: Tensors, observed: Tensors, facts: Tensors) -> tuple[Tensors, Tensors]:
         """Both without the entries that were not sent, and the observed one at the scale it had before."""
         sent = map_tensors(lambda o: (o != 0).to(o.dtype), observed)
-        return map_tensors(lambda s, m: s * m, simulated, sent), map_tensors(lambda o: o / self.rescale, observed)
+        return map_tensors(lambda s, m: s * m, simulated, sent), map_tensors(lambda o, c: o / c, observed, facts)

@@ -144,7 +144,7 @@ def _grid(entry: AttackEntry) -> list[Spec]:
 
 def group_size(experiment: Experiment, setup: Setup) -> int:
     """Trials lifted together. Fixed by the experiment and the kind of device, never by free memory."""
-    return experiment.run.group or (256 if setup.device.type == "cuda" else 32)
+    return experiment.run.group or (256 if setup.device.type == "cuda" else 64)
 
 
 def _groups(

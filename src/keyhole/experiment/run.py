@@ -114,7 +114,7 @@ def _answers(group: Group, setup: Setup, watch: Watch) -> list[Answer]:
     if is_check:
         images = torch.cat([batch.inputs for batch in secret], 1)[:, None]
     observations = _see(task, threat, defense, weights, secret, client, shared)
-    facts = _facts(observations)
+    facts = _facts(observations, len(group.trials))
     if first.attacker == "control:prior_only":
         observations = tuple(_without_signal(o, attacker, shared) for o in observations)
     watch = replace(watch, limit=first.limit)
@@ -127,7 +127,7 @@ def _answers(group: Group, setup: Setup, watch: Watch) -> list[Answer]:
             evaluations=one.evaluations,
             history=one.history,
             facts=fact,
-            detail="" if math.isfinite(fact["update_norm"]) else "the update holds values that are not finite",
+            detail="" if math.isfinite(fact.get("update_norm", 0.0)) else "the update holds values that are not finite",
         )
         for one, fact in zip(solved, facts, strict=True)
     ]
@@ -175,15 +175,17 @@ def _start_images(attack: Attack, trials: tuple[Trial, ...], setup: Setup, keys:
 
 
 def _without_signal(observation: Observation, keys: Tensor, shared: Shared) -> Observation:
+    if observation.update is None:
+        return observation
     noise = lift(lambda update, key: noise_update(update, fold_in(key, "prior only")), shared)
     return observation._replace(update=noise(observation.update, keys))
 
 
-def _facts(observations: tuple[Observation, ...]) -> list[dict[str, float]]:
+def _facts(observations: tuple[Observation, ...], trials: int) -> list[dict[str, float]]:
     """Norm and share of zeros of each trial's first update."""
     update = observations[0].update
     if update is None:
-        return []
+        return [{} for _ in range(trials)]
     flat = lift(flatten, Shared())(update)
     norms, zeros = flat.norm(dim=1).tolist(), (flat == 0).double().mean(1).tolist()
     return [{"update_norm": n, "zeros": z} for n, z in zip(norms, zeros, strict=True)]

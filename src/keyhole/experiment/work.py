@@ -29,6 +29,7 @@ from keyhole.experiment.run import GroupResult, run_group
 from keyhole.experiment.setup import Setup, prepare
 from keyhole.experiment.spec import Experiment
 from keyhole.solve.drive import Paused, Watch
+from keyhole.solve.memory import keep_freed_memory
 
 Report = Callable[[Group, float], None]
 """Told how far a group is, in [0, 1]."""
@@ -137,6 +138,7 @@ def _start_worker(experiment: Experiment, checkpoints: str, deadline: float | No
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     threading.Thread(target=_die_with_parent, daemon=True).start()
     torch.set_num_threads(1)
+    keep_freed_memory()
     _worker.update(
         setup=prepare(experiment, torch.device("cpu")), checkpoints=Path(checkpoints), deadline=deadline, news=news
     )
@@ -179,6 +181,7 @@ def _one_thread(device: torch.device) -> Iterator[None]:
     """One torch thread while running on a CPU, so that ``--jobs 1`` computes what a worker would."""
     before = torch.get_num_threads()
     if device.type == "cpu":
+        keep_freed_memory()
         torch.set_num_threads(1)
     try:
         yield

@@ -22,5 +22,7 @@ def identified(guess: Tensor, truth: Tensor, candidates: Tensor) -> Tensor:
     """
     flat = guess.flatten(1)
     own = (flat - truth.flatten(1)).square().sum(1)
-    others = torch.cdist(flat, candidates.flatten(1).to(flat.dtype)).square().amin(1)
+    # Differences, not the faster product form, whose rounding would decide ties.
+    exact = "donot_use_mm_for_euclid_dist"
+    others = torch.cdist(flat, candidates.flatten(1).to(flat.dtype), compute_mode=exact).square().amin(1)
     return (own < others).to(guess.dtype)

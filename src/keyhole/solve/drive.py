@@ -71,6 +71,8 @@ class Lane:
     """Objective at the last stall check."""
     marked: int = 0
     history: list[tuple[int, float]] = field(default_factory=list)
+    ending: Status = "diverged"
+    """How the start ended that gave the best score so far."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,7 @@ class _Loop:
         self.champion = self._no_best(self.starts[0])
         self.lanes = [Lane(i) for i in range(keys.shape[0])]
         self.tick = 0
-        self.ended: dict[int, tuple[Status, Lane]] = {}
+        self.ended: dict[int, Lane] = {}
         self.results = self._no_best(self.starts[0])
         self.saved_at = time.monotonic()
 
@@ -225,6 +227,8 @@ class _Loop:
         stuck = self.state.stuck.tolist()
         ended: list[tuple[int, Status]] = []
         for i, lane in enumerate(self.lanes):
+            if self.tick % CHECK != 0 and not self._spent(lane):
+                continue  # looked at only for a neighbour whose budget ended off the grid
             if math.isfinite(scores[i]):
                 lane.history.append((lane.evaluations, scores[i]))
             reason = self._reason(lane, objectives[i], stuck[i])
@@ -232,9 +236,9 @@ class _Loop:
                 ended.append((i, reason))
         if not ended:
             return
-        self._crown([i for i, _ in ended])
+        self._crown(ended)
         again = [i for i, reason in ended if self._starts_again(self.lanes[i], reason)]
-        done = {i: reason for i, reason in ended if i not in again}
+        done = {i for i, _ in ended if i not in again}
         if again:
             self._restart(again)
         if done:
@@ -260,10 +264,11 @@ class _Loop:
         allowed = self.watch.limit == 0 or lane.evaluations < self.watch.limit
         return left and allowed and (self.attack.always_restart or reason != "converged")
 
-    def _crown(self, index: list[int]) -> None:
+    def _crown(self, ended: list[tuple[int, Status]]) -> None:
         """The best of all starts so far, by score without priors."""
-        for i in index:
+        for i, reason in ended:
             if bool(self.best.score[i] < self.champion.score[i]):
+                self.lanes[i].ending = reason
                 for mine, theirs in zip(self.champion, self.best, strict=True):
                     mine[i] = theirs[i]
 
@@ -278,12 +283,10 @@ class _Loop:
             for leaf, new in zip(pytree.tree_leaves(tree), pytree.tree_leaves(part), strict=True):
                 leaf[where] = new
 
-    def _drop(self, done: dict[int, Status]) -> None:
-        for i, reason in done.items():
+    def _drop(self, done: set[int]) -> None:
+        for i in done:
             lane = self.lanes[i]
-            if not math.isfinite(float(self.champion.score[i])):
-                reason = "diverged"
-            self.ended[lane.trial] = (reason, lane)
+            self.ended[lane.trial] = lane
             for mine, theirs in zip(self.results, self.champion, strict=True):
                 mine[lane.trial] = theirs[i]
         rest = [i for i in range(len(self.lanes)) if i not in done]
@@ -309,8 +312,8 @@ class _Loop:
         answers = lift(decode, self.shared)(self.all_seen, self.results)
         solved = []
         for trial in range(len(self.ended)):
-            status, lane = self.ended[trial]
-            solved.append(Solved(_at(answers, trial), status, lane.evaluations, _thin(lane.history)))
+            lane = self.ended[trial]
+            solved.append(Solved(_at(answers, trial), lane.ending, lane.evaluations, _thin(lane.history)))
         return solved
 
     # Checkpoints. Everything random is a function of keys and ticks, so tensors and counters are the whole state.
@@ -318,13 +321,13 @@ class _Loop:
     def _keep(self) -> None:
         paused = self.watch.paused()
         if self.watch.checkpoint is None:
-            if paused:
+            if self.lanes and paused:
                 raise Paused
             return
         due = time.monotonic() - self.saved_at >= CHECKPOINT_SECONDS
         if self.lanes and (due or paused):
             tensors = pytree.tree_leaves((self.state, self.best, self.champion, self.results))
-            ended = {str(trial): [status, asdict(lane)] for trial, (status, lane) in self.ended.items()}
+            ended = {str(trial): asdict(lane) for trial, lane in self.ended.items()}
             account = {"tick": self.tick, "lanes": [asdict(lane) for lane in self.lanes], "ended": ended}
             save_checkpoint(self.watch.checkpoint, tensors, json.dumps(account))
             self.saved_at = time.monotonic()
@@ -343,7 +346,7 @@ class _Loop:
         )
         self.tick = account["tick"]
         self.lanes = [_lane(raw) for raw in account["lanes"]]
-        self.ended = {int(trial): (status, _lane(raw)) for trial, (status, raw) in account["ended"].items()}
+        self.ended = {int(trial): _lane(raw) for trial, raw in account["ended"].items()}
         where = torch.tensor([lane.trial for lane in self.lanes], device=self.keys.device)
         self.seen, self.keys = take(self.seen, where, self.shared), take(self.keys, where, self.shared)
 

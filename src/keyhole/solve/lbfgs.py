@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from keyhole.errors import check_range
 from keyhole.solve.optimizers import Project
 
 
@@ -70,6 +71,9 @@ class LBFGS:
     max_tries: int = 12
     radius: float = 50.0
     curvature: float = 1e-6
+
+    def __post_init__(self) -> None:
+        check_range("history", self.history, 1)
 
     def init(self, x: Tensor) -> LBFGSState:
         """An empty memory at ``x`` of shape (n,)."""
@@ -130,12 +134,13 @@ class LBFGS:
         s, y, valid, gamma = self._remember(state, accept, gradient, slot)
         x = torch.where(accept, point, state.x)
         here = torch.where(accept, gradient, state.gradient)
-        direction, slope, valid = self._direction(state, here, s, y, valid, gamma, slot)
+        direction, slope, valid = self._direction(state, here, s, y, valid, gamma, tick)
 
         shorter = self._shorten(state, value)
         tries = torch.where(accept, 0, state.tries + 1)
         exhausted = tries >= self.max_tries
-        had_memory = (state.valid > 0).any()
+        # Not read off the memory: as many rejections as it has slots have emptied it by now.
+        had_memory = (state.direction != _steepest(state.gradient)[0]).any()
         fallback, fallback_slope = _steepest(here)
         return state._replace(
             x=x,
@@ -169,21 +174,25 @@ class LBFGS:
         return s, y, valid, gamma
 
     def _direction(
-        self, state: LBFGSState, gradient: Tensor, s: Tensor, y: Tensor, valid: Tensor, gamma: Tensor, slot: int
+        self, state: LBFGSState, gradient: Tensor, s: Tensor, y: Tensor, valid: Tensor, gamma: Tensor, tick: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Minus the inverse Hessian times the gradient, its slope, and the memory (emptied if it misled)."""
+        slot, used = tick % self.history, min(tick + 1, self.history)
+        # Only the slots written so far are read: the update is bound by memory traffic.
+        old_s, old_y = state.s[:used], state.y[:used]
+        all_sy, all_yy = state.sy[:used, :used], state.yy[:used, :used]
         rows = torch.stack([gradient, y, s])
         # Long axis last on both operands: the other layouts are several times slower on a CPU.
-        on_s, on_y = rows @ state.s.T, rows @ state.y.T
-        state.sy[:, slot] = on_s[1]
-        state.sy[slot, :] = on_y[2]
-        state.yy[:, slot] = on_y[1]
-        state.yy[slot, :] = on_y[1]
+        on_s, on_y = rows @ old_s.T, rows @ old_y.T
+        all_sy[:, slot] = on_s[1]
+        all_sy[slot, :] = on_y[2]
+        all_yy[:, slot] = on_y[1]
+        all_yy[slot, :] = on_y[1]
         roll = -(slot + 1)  # oldest pair first
-        kept = valid.roll(roll)
+        kept = valid[:used].roll(roll)
         both = kept[:, None] * kept[None, :]
-        sy = state.sy.roll((roll, roll), (0, 1)) * both
-        yy = state.yy.roll((roll, roll), (0, 1)) * both
+        sy = all_sy.roll((roll, roll), (0, 1)) * both
+        yy = all_yy.roll((roll, roll), (0, 1)) * both
         a, b = on_s[0].roll(roll) * kept, on_y[0].roll(roll) * kept
         # The unit diagonal of R is s.y = 1; an empty slot then has a zero right-hand side and stays inert.
         upper = sy.triu(diagonal=1)
@@ -191,7 +200,7 @@ class LBFGS:
         w = u + gamma * (yy @ u) - gamma * b
         p = torch.linalg.solve_triangular(upper.T, w[:, None], upper=False, unitriangular=True)[:, 0]
         # The second product is written row times matrix, for the same layout reason.
-        step = p.roll(-roll)[None, :] @ state.s - gamma * (u.roll(-roll)[None, :] @ state.y)
+        step = p.roll(-roll)[None, :] @ old_s - gamma * (u.roll(-roll)[None, :] @ old_y)
         direction = -(gamma * gradient + step[0])
         slope = gradient @ direction
         good = (valid > 0).any() & slope.isfinite() & (slope < 0)

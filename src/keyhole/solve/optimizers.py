@@ -190,7 +190,9 @@ class Signed:
 
     def update(self, state: Any, value: Tensor, gradient: Tensor, tick: int, project: Project) -> Any:
         """The inner step on the sign. NaN stays NaN."""
-        return self.inner.update(state, value, gradient.sign(), tick, project)
+        return self.inner.update(
+            state, value, torch.where(gradient.isfinite(), gradient.sign(), gradient), tick, project
+        )
 
 
 def adam(lr: float, schedule: Schedule | None = None) -> Adam:

@@ -1,0 +1,270 @@
+"""Write the pages that follow from the registries: one for each method, their index, and the table of defenses.
+
+Run by ``make docs`` before mkdocs. It also holds the hand-written pages to the code: every key of the audit file must
+be in docs/audit-file.md, every attack and defense in README.md, and every source file that a page names must exist.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import keyhole.experiment.audit  # noqa: F401  (fills the registries)
+from keyhole.core import registry
+from keyhole.core.defense import Defense
+from keyhole.core.registry import Card, Registry
+from keyhole.experiment.spec import Experiment, presets
+
+DOCS = Path(__file__).parent
+PAGES = DOCS / "methods"
+SOURCE = Path(keyhole.__file__).parent
+
+KINDS: dict[str, tuple[str, Registry, str]] = {
+    "attacks": ("Attacks", registry.ATTACKS, "Named in `[[attacks]]`."),
+    "defenses": ("Defenses", registry.DEFENSES, "Named in the `chain` of `[[defenses]]`."),
+    "labels": ("Label rules", registry.LABELS, "Named in an attack's option `labels`, or for all in `[attacker]`."),
+    "controls": ("Controls", registry.CONTROLS, "Run beside every attack, without being asked for."),
+    "metrics": ("Metrics", registry.METRICS, "Computed for every image, without being asked for."),
+    "models": ("Models", registry.MODELS, "Named in `[model]`; your own come with `factory`."),
+    "data": ("Data sets", registry.DATASETS, "Named in `[data]`; your own come as a path or a hub id."),
+}
+WITH_OPTIONS = ("attacks", "defenses", "models")
+FILLED_IN = ("input_shape", "num_classes")
+"""Arguments that the runner gives to a model."""
+
+
+def main() -> None:
+    """Write all pages, then check the hand-written ones."""
+    for folder, (_, cards, _) in KINDS.items():
+        (PAGES / folder).mkdir(parents=True, exist_ok=True)
+        for old in (PAGES / folder).glob("*.md"):
+            old.unlink()
+        for card in cards:
+            (PAGES / folder / f"{card.name}.md").write_text(method_page(folder, card))
+    (PAGES / "index.md").write_text(index_page())
+    (DOCS / "defenses.md").write_text(defenses_page())
+    missing = list(undocumented())
+    if missing:
+        sys.exit("docs/generate.py: " + "; ".join(missing))
+
+
+# Pages ----------------------------------------------------------------------------------------------------------------
+
+
+def index_page() -> str:
+    """All methods, with links."""
+    lines = [
+        "# Methods",
+        "",
+        "Everything an audit file can name. `keyhole list` and `keyhole show NAME` say the same.",
+        "",
+    ]
+    for folder, (title, cards, hint) in KINDS.items():
+        lines += [f"## {title}", "", hint, ""]
+        rows = [(f"[`{c.name}`]({folder}/{c.name}.md)", markdown(c.summary), markdown(c.paper)) for c in cards]
+        lines += [*table(("name", "what it is", "source"), rows), ""]
+    lines += ["## Presets", "", "Audit files that come with Keyhole: `keyhole audit NAME`, `keyhole show NAME`.", ""]
+    found = [(f"`{name}`", text.split("\n")[0].lstrip("# ")) for name, text in sorted(presets().items())]
+    return "\n".join([*lines, *table(("name", "what it is"), found), ""])
+
+
+def method_page(folder: str, card: Card) -> str:
+    """Card, signature and docstring of one method."""
+    body, arguments = split_docstring(inspect.getdoc(card.factory) or "")
+    summary, _, rest = body.partition("\n\n")
+    lines = [f"# {card.name}", "", markdown(summary), "", f"{card.kind.capitalize()}, version {card.version}."]
+    if card.paper or card.link:
+        link = f"[{card.link}]({card.link})" if card.link else ""
+        lines += ["", f"Source: {'. '.join(part for part in (card.paper, link) if part)}"]
+    if card.known_breaks:
+        lines += ["", "**Known to break it**", "", *(f"- {text}." for text in card.known_breaks)]
+    lines += needs(folder, card)
+    if folder in WITH_OPTIONS:
+        lines += options(card, arguments)
+    if folder == "defenses":
+        lines += counters(card)
+    if rest.strip():
+        lines += ["", "## Details", "", markdown(rest)]
+    lines += usage(folder, card)
+    return "\n".join([*lines, ""])
+
+
+def defenses_page() -> str:
+    """The table of defenses with their counters and known breaks."""
+    rows = [
+        (
+            f"[`{card.name}`](methods/defenses/{card.name}.md)",
+            markdown(card.summary),
+            ", ".join(f"`{c.name}`" for c in card.factory().counters()) or "none yet",
+            "; ".join(card.known_breaks) or "nothing recorded",
+        )
+        for card in registry.DEFENSES
+    ]
+    return "\n".join(
+        [
+            "# Defenses",
+            "",
+            "A defense changes the model, the objective, the gradient or the update of a client. Each comes with",
+            "*counters*: what an attacker who knows the defense does about it. An audit scores a defense by its worst",
+            "attacker, naive or adaptive. A defense without a counter has been tried only against attackers who do",
+            "not know it, and the verdict says so.",
+            "",
+            *table(("name", "what the client does", "counters", "known to break it"), rows),
+            "",
+            "Known breaks are statements of the method's authors or of this project about settings that were tried.",
+            "The strength at which a defense gives way depends on model, data and attack. Measure yours.",
+            "",
+            "Defenses can follow one another: a `chain` of several applies the first link first. Its adaptive",
+            "attackers use one counter of every link at a time.",
+            "",
+        ]
+    )
+
+
+# Parts of a page ------------------------------------------------------------------------------------------------------
+
+
+def options(card: Card, arguments: dict[str, str]) -> Iterator[str]:
+    """The table of options: names, types and defaults from the signature, meanings from the docstring."""
+    rows = [
+        (f"`{name}`", kind(p.annotation), default(p), markdown(arguments.get(name, "")))
+        for name, p in card.signature().parameters.items()
+        if name not in FILLED_IN
+    ]
+    yield from ("", "## Options", "")
+    yield from table(("option", "type", "default", "meaning"), rows) if rows else ["None."]
+
+
+def counters(card: Card) -> Iterator[str]:
+    """What attackers who know the defense do about it."""
+    defense: Defense = card.factory()
+    yield from ("", "## Counters", "")
+    known = defense.counters()
+    if not known:
+        yield "None yet: audits try this defense only against attackers who do not know it."
+    promise = {
+        "zero": "At the true image the matching loss is zero: the self-test `check:truth` applies.",
+        "law": "At the true image the matching loss follows the law of the noise.",
+        "none": "What the matching loss is at the true image is not known.",
+    }
+    for counter in known:
+        text, _ = split_docstring(inspect.getdoc(type(counter)) or "")
+        yield from (f"### {counter.name}", "", markdown(text), "", promise[counter.truth_loss], "")
+
+
+def needs(folder: str, card: Card) -> Iterator[str]:
+    """What an attack or a label rule must see."""
+    if folder == "attacks":
+        seen = card.factory().needs
+    elif folder == "labels":
+        seen = card.facts.get("needs", frozenset())
+    else:
+        return
+    names = ", ".join(f"`{name}`" for name in sorted(seen)) or "nothing"
+    yield from ("", f"Must see: {names}{' (with default options)' if folder == 'attacks' else ''}.")
+
+
+def usage(folder: str, card: Card) -> Iterator[str]:
+    """The lines of an audit file that name the method."""
+    lines = {
+        "attacks": f'[[attacks]]\nname = "{card.name}"',
+        "defenses": f'[[defenses]]\nchain = [{{ name = "{card.name}" }}]',
+        "labels": f'[attacker]\nlabels = "{card.name}"',
+        "models": f'[model]\nname = "{card.name}"',
+        "data": f'[data]\nname = "{card.name}"',
+    }
+    if folder in lines:
+        yield from ("", "## In an audit file", "", "```toml", lines[folder], "```")
+
+
+def kind(annotation: Any) -> str:
+    """A type as an audit file's author thinks of it."""
+    if choices := get_args(annotation):
+        return " or ".join(f"`{show(choice)}`" for choice in choices if choice is not type(None))
+    names = {int: "whole number", float: "number", str: "text", bool: "`true` or `false`"}
+    return names.get(annotation, f"`{annotation}`")
+
+
+def default(parameter: inspect.Parameter) -> str:
+    """A default value as TOML."""
+    return "required" if parameter.default is parameter.empty else f"`{show(parameter.default)}`"
+
+
+def show(value: Any) -> str:
+    """A value as TOML."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f'"{value}"' if isinstance(value, str) else str(value)
+
+
+def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+    """A Markdown table."""
+    cells = [head, tuple("---" for _ in head), *(tuple(cell.replace("|", "\\|") for cell in row) for row in rows)]
+    return [f"| {' | '.join(' '.join(cell.split()) for cell in row)} |" for row in cells]
+
+
+# Docstrings -----------------------------------------------------------------------------------------------------------
+
+SECTION = re.compile(r"^(Args|Returns|Raises):\n((?:(?: {4}.*)?\n)+)", re.MULTILINE)
+
+
+def split_docstring(text: str) -> tuple[str, dict[str, str]]:
+    """A docstring without its arguments, and the arguments; Returns and Raises become paragraphs."""
+    arguments: dict[str, str] = {}
+
+    def replace(match: re.Match[str]) -> str:
+        title, block = match[1], inspect.cleandoc("\n" + match[2])
+        if title == "Returns":
+            return f"Returns: {block}\n\n"
+        items = re.findall(r"^(\w[\w, ]*): (.*(?:\n(?: +.*)?)*)", block, re.MULTILINE)
+        if title == "Raises":
+            raised = "".join(f"- `{name}`: {' '.join(meaning.split())}\n" for name, meaning in items)
+            return f"Raises:\n\n{raised}\n"
+        for names, meaning in items:
+            arguments.update({name.strip(): " ".join(meaning.split()) for name in names.split(",")})
+        return ""
+
+    return SECTION.sub(replace, text + "\n").strip(), arguments
+
+
+def markdown(text: str) -> str:
+    """Docstring conventions as Markdown: code in single backticks, blocks after a double colon."""
+    return re.sub(r"``(.+?)``", r"`\1`", re.sub(r"::$", ":", text, flags=re.MULTILINE), flags=re.DOTALL)
+
+
+# Checks ---------------------------------------------------------------------------------------------------------------
+
+
+def undocumented() -> Iterator[str]:
+    """What the hand-written pages leave out."""
+    audit_file = (DOCS / "audit-file.md").read_text()
+    for section in ("data", "model", "state", "client", "attacker", "run"):
+        for key in Experiment.model_fields[section].annotation.model_fields:  # type: ignore[union-attr]
+            if not re.search(rf"^\| `{key}` \|", audit_file, re.MULTILINE):
+                yield f"docs/audit-file.md does not explain '{key}' of [{section}]"
+    readme = (DOCS.parent / "README.md").read_text()
+    for card in (*registry.ATTACKS, *registry.DEFENSES):
+        if f"`{card.name}`" not in readme:
+            yield f"README.md does not name the {card.kind} '{card.name}'"
+    for page in (*DOCS.glob("*.md"), DOCS.parent / "CONTRIBUTING.md"):
+        yield from stale_references(page)
+
+
+def stale_references(page: Path) -> Iterator[str]:
+    """Source files, and names in them, that a page mentions and the package has not."""
+    text = " ".join(page.read_text().split())
+    for path in sorted(set(re.findall(r"`(\w+/\w+\.py)`", text))):
+        if not (SOURCE / path).is_file():
+            yield f"{page.name} names {path}, which does not exist"
+    pairs = re.findall(r"`(\w+)`(?: and `(\w+)`)? in `(\w+/\w+\.py)`", text)
+    for name, path in ((name, path) for *names, path in pairs for name in names if name):
+        if (SOURCE / path).is_file() and f"def {name}(" not in (SOURCE / path).read_text():
+            yield f"{page.name} names {name} in {path}, which does not define it"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""What the tests share: one torch thread, the folder of real data, and tiny problems in float64."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from keyhole.core.defense import Defense, chain
+from keyhole.core.keys import fold_in, new_key, split, uniform
+from keyhole.core.registry import ATTACKS, DEFENSES
+from keyhole.core.task import Bounds, Task, weights_of
+from keyhole.core.threat import ThreatModel, observe
+from keyhole.core.trial import Spec, Trial
+from keyhole.core.types import Batch, Observation, Weights
+from keyhole.solve.lift import Shared, lift, stack
+
+torch.set_num_threads(1)
+
+_DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
+if _DATA.is_dir():
+    os.environ.setdefault("KEYHOLE_DATA", str(_DATA))
+
+SHAPE, CLASSES = (1, 8, 8), 4
+
+
+def draw_weights(task: Task, seed: int, dtype: torch.dtype = torch.float64) -> Weights:
+    """Every parameter and running mean uniform in (-0.5, 0.5), running variances in (0.5, 1.5), all from keys."""
+    key = fold_in(new_key(seed), "test weights")
+
+    def draw(name: str, like: Tensor) -> Tensor:
+        if not like.is_floating_point():
+            return like
+        low = 0.5 if name.endswith("running_var") else -0.5
+        return low + uniform(fold_in(key, name), tuple(like.shape), dtype)
+
+    plain = weights_of(task.model, dtype)
+    return Weights(*({name: draw(name, tensor) for name, tensor in part.items()} for part in plain))
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A task, its weights, and secrets for it."""
+
+    task: Task
+    weights: Weights
+
+    def batch(self, size: int = 1, seed: int = 0) -> Batch:
+        """Random images with classes in ascending order, equal shares."""
+        key = fold_in(new_key(seed), "test batch")
+        pixels = uniform(fold_in(key, "pixels"), (size, *SHAPE), torch.float64)
+        classes = (torch.arange(size) + seed) % CLASSES
+        targets = torch.eye(CLASSES, dtype=torch.float64)[classes.sort().values]
+        return Batch(self.task.bounds.from_pixels(pixels), targets, torch.full((size,), 1.0 / size).double())
+
+    def secrets(self, trials: int, size: int = 1, rounds: int = 1) -> tuple[Batch, ...]:
+        """Batches of several trials with a leading trial axis, one for each round."""
+        return tuple(
+            stack([self.batch(size, 100 * turn + i) for i in range(trials)], Shared()) for turn in range(rounds)
+        )
+
+    def see(
+        self, secrets: tuple[Batch, ...], threat: ThreatModel, defense: Defense | None = None, seed: int = 0
+    ) -> tuple[Observation, ...]:
+        """`observe`, lifted; the weights are shared."""
+        defense = defense or chain()
+        keys = split(fold_in(new_key(seed), "test client"), secrets[0].inputs.shape[0])
+        shared = Shared(self.weights)
+        return lift(lambda b, k: observe(self.task, threat, defense, self.weights, b, k), shared)(secrets, keys)
+
+
+def _conv() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(1, 8, 3, stride=2, padding=1), nn.Sigmoid(), nn.Flatten(), nn.Linear(128, CLASSES))
+
+
+def _conv_norm() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, stride=2, padding=1), nn.BatchNorm2d(8), nn.Sigmoid(), nn.Flatten(), nn.Linear(128, CLASSES)
+    )
+
+
+BOUNDS = Bounds.of((0.4,), (0.3,), torch.float64)
+
+
+@pytest.fixture(scope="session")
+def bench() -> Bench:
+    """A sigmoid network of 596 parameters on 1 x 8 x 8 images with 4 classes, which gradient inversion solves."""
+    task = Task.of(_conv().double(), SHAPE, CLASSES, BOUNDS)
+    return Bench(task, draw_weights(task, 0))
+
+
+@pytest.fixture(scope="session")
+def norm_bench() -> Bench:
+    """The same with BatchNorm in eval mode and running statistics that matter."""
+    task = Task.of(_conv_norm().double(), SHAPE, CLASSES, BOUNDS, batchnorm="eval")
+    return Bench(task, draw_weights(task, 1))
+
+
+@pytest.fixture
+def make_setup() -> Callable[..., Any]:
+    """Makes a `Setup` of random images that belongs to the test alone, which may destroy it."""
+    from keyhole.experiment.setup import Setup
+    from keyhole.zoo.datasets import Data, Pool
+
+    def make(dtype: torch.dtype = torch.float64) -> Setup:
+        task = Task.of(_conv().to(dtype), SHAPE, CLASSES, Bounds.of((0.4,), (0.3,), dtype))
+
+        def pool(name: str, count: int) -> Pool:
+            images = uniform(fold_in(new_key(5), name), (count, *SHAPE), torch.float32)
+            return Pool(images.to(dtype), torch.arange(count) % CLASSES, tuple(range(count)))
+
+        pools = {"target": pool("target", 8), "tune": pool("tune", 4), "public": pool("public", 6)}
+        data = Data(
+            "test", **pools, candidates=pool("none", 0), num_classes=CLASSES, mean=(0.4,), std=(0.3,), digest="0"
+        )
+        weights = {0: draw_weights(task, 0, dtype)}
+        return Setup(data, task, weights, "test#0", {0: "untrained#0"}, "0", dtype, torch.device("cpu"))
+
+    return make
+
+
+@pytest.fixture
+def make_trial() -> Callable[..., Trial]:
+    """Makes a `Trial` for `make_setup`'s setups."""
+
+    def make(
+        attack: str = "idlg",
+        options: dict[str, Any] | None = None,
+        episode: tuple[int, ...] = (0,),
+        defense: tuple[tuple[str, dict[str, Any]], ...] = (),
+        **fields: Any,
+    ) -> Trial:
+        specs = tuple(Spec.of(name, given, DEFENSES.card(name).version) for name, given in defense)
+        given: dict[str, Any] = {
+            "source": "test#0",
+            "model": "test",
+            "state": "untrained#0",
+            "rule": "gradient",
+            "belief": "gradient",
+            "sees": ("update", "weights"),
+            "defense": specs,
+            "attack": Spec.of(attack, options, ATTACKS.card(attack).version),
+            "attacker": "naive",
+            "episode": episode,
+            "batch_size": 1,
+            "seed": 0,
+            "dtype": "float64",
+            **fields,
+        }
+        return Trial(**given)
+
+    return make

@@ -1,0 +1,88 @@
+"""Distances between updates: closed forms, scale, and gradients at zero."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from scipy.spatial import distance
+from torch import Tensor
+from torch.func import grad
+
+from keyhole.core.keys import fold_in, new_key, normal
+from keyhole.core.types import Tensors
+from keyhole.parts.distances import cosine, relative_l2
+
+SHAPES = {"w": (3, 4), "b": (4,), "k": (2, 1, 3)}
+
+
+def some(seed: int, dtype: torch.dtype = torch.float64) -> Tensors:
+    return {name: normal(fold_in(new_key(seed), name), shape, dtype) for name, shape in SHAPES.items()}
+
+
+def vector(a: Tensors) -> np.ndarray:
+    return np.concatenate([tensor.double().numpy().ravel() for tensor in a.values()])
+
+
+def scaled(a: Tensors, by: float) -> Tensors:
+    return {name: by * value for name, value in a.items()}
+
+
+def test_relative_l2_is_the_squared_error_over_the_observed_energy() -> None:
+    s, o = some(0), some(1)
+    x, y = vector(s), vector(o)
+    assert float(relative_l2(s, o)) == pytest.approx(((x - y) ** 2).sum() / (y**2).sum(), rel=1e-12)
+    assert float(relative_l2(o, o)) == 0
+    assert float(relative_l2(scaled(o, 3.0), o)) == pytest.approx(4.0, rel=1e-12)
+    assert float(relative_l2(scaled(o, 0.0), o)) == pytest.approx(1.0, rel=1e-12)
+
+
+def test_relative_l2_does_not_depend_on_the_scale_of_the_problem() -> None:
+    s, o = some(0), some(1)
+    for by in (1e-5, 1e5):
+        assert float(relative_l2(scaled(s, by), scaled(o, by))) == pytest.approx(float(relative_l2(s, o)), rel=1e-12)
+
+
+def test_cosine_is_that_of_scipy_over_all_tensors_together() -> None:
+    s, o = some(0), some(1)
+    assert float(cosine(s, o)) == pytest.approx(distance.cosine(vector(s), vector(o)), rel=1e-12)
+    assert float(cosine(o, o)) == pytest.approx(0, abs=1e-15)
+    assert float(cosine(scaled(o, -1.0), o)) == pytest.approx(2, rel=1e-12)
+    left, right = {"a": torch.ones(2), "b": torch.zeros(2)}, {"a": torch.zeros(2), "b": torch.ones(2)}
+    assert float(cosine(left, right)) == 1
+    per_tensor = np.mean([distance.cosine(s[n].numpy().ravel(), o[n].numpy().ravel()) for n in s])
+    assert abs(float(cosine(s, o)) - per_tensor) > 1e-3  # one angle, not a mean of angles
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("by", [1e-4, 0.03, 1.0, 50.0, 1e4])
+def test_cosine_does_not_notice_clipping(by: float, dtype: torch.dtype) -> None:
+    s, o = some(0, dtype), some(1, dtype)
+    assert abs(float(cosine(s, scaled(o, by)) - cosine(s, o))) < 1e-6
+    assert abs(float(cosine(scaled(s, by), o) - cosine(s, o))) < 1e-6
+
+
+@pytest.mark.parametrize("measure", [relative_l2, cosine])
+def test_gradients_are_those_of_finite_differences(measure: Callable[[Tensors, Tensors], Tensor]) -> None:
+    s, o = some(0), some(1)
+    got, step = grad(measure)(s, o), 1e-6
+    for name, index in (("w", (1, 2)), ("b", (3,)), ("k", (0, 0, 1))):
+        up, down = ({**s, name: s[name].clone()} for _ in range(2))
+        up[name][index] += step
+        down[name][index] -= step
+        slope = float(measure(up, o) - measure(down, o)) / (2 * step)
+        assert float(got[name][index]) == pytest.approx(slope, rel=1e-6, abs=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("measure", [relative_l2, cosine])
+def test_gradients_are_finite_where_an_update_is_zero(
+    measure: Callable[[Tensors, Tensors], Tensor], dtype: torch.dtype
+) -> None:
+    o = some(1, dtype)
+    zero = scaled(o, 0.0)
+    for s, observed in ((zero, o), (zero, zero), (o, o)):
+        assert bool(measure(s, observed).isfinite())
+        assert all(bool(g.isfinite().all()) for g in grad(measure)(s, observed).values())
