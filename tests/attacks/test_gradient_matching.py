@@ -66,7 +66,8 @@ def test_the_objective_by_hand(which: str, request: pytest.FixtureRequest) -> No
     guesses = [numeric_gradient(own, Batch(x[i : i + 2], targets[i : i + 2], None)) for i in (0, 2)]  # type: ignore[arg-type]
     truths = [numeric_gradient(own, batch) for batch in rounds]
     across, down = x.diff(dim=3), x.diff(dim=2)
-    state = Seen(single, {"targets": targets})
+    squares = torch.stack([sum(t.pow(2).sum() for t in seen.update.values()) for seen in single])
+    state = Seen(single, {"targets": targets, "squares": squares})
 
     value, score = idlg(tv=0.3).loss(own.task, threat, state, {"inputs": x}, KEY)
     expected = sum(float((g - t).square().sum() / t.square().sum()) for g, t in zip(guesses, truths, strict=True))

@@ -246,7 +246,7 @@ def test_an_attack_with_a_box_keeps_every_iterate_in_it(name: str, bench: Any) -
     secret, seen = observations(bench)
     threat = ThreatModel(sees=GIVEN)
     single = tuple(o._replace(update={n: v[0] for n, v in o.update.items()}, targets=o.targets[0]) for o in seen)
-    state = Seen(single, attack.infer(bench.task, threat, single, KEY))
+    state = Seen(single, attack.infer(bench.task, threat, Seen(single, {}), KEY))
     candidate = attack.start(bench.task, threat, state, images(bench, attack, 3, 1)[0, 0], KEY)
     shapes = {n: tuple(v.shape) for n, v in candidate.items()}
     low, high = (

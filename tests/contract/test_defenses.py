@@ -167,7 +167,9 @@ def truth_loss(bench: Any, defense: Defense, counter: Counter, size: int, key: T
     facts = counter.facts(bench.task, (seen,))
     unknowns = counter.unknowns(bench.task, (seen,), KEY)
     simulated = threat.simulate(bench.task, bench.weights, batch, facts, unknowns, fold_in(KEY, "attacker"))
-    return relative_l2(*counter.compare(simulated, seen.update, facts)), seen.update
+    mine, theirs = counter.compare(simulated, seen.update, facts)
+    energy = torch.cat([tensor.ravel() for tensor in theirs.values()]).pow(2).sum()
+    return relative_l2(mine, theirs, energy), seen.update
 
 
 @each_case

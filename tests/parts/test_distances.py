@@ -13,7 +13,7 @@ from torch.func import grad
 
 from keyhole.core.keys import fold_in, new_key, normal
 from keyhole.core.types import Tensors
-from keyhole.parts.distances import cosine, relative_l2
+from keyhole.parts import distances
 
 SHAPES = {"w": (3, 4), "b": (4,), "k": (2, 1, 3)}
 
@@ -24,6 +24,19 @@ def some(seed: int, dtype: torch.dtype = torch.float64) -> Tensors:
 
 def vector(a: Tensors) -> np.ndarray:
     return np.concatenate([tensor.double().numpy().ravel() for tensor in a.values()])
+
+
+def energy(a: Tensors) -> Tensor:
+    """The squared norm that the distances are given, by another way than the code's own."""
+    return torch.cat([tensor.ravel() for tensor in a.values()]).pow(2).sum()
+
+
+def relative_l2(s: Tensors, o: Tensors) -> Tensor:
+    return distances.relative_l2(s, o, energy(o))
+
+
+def cosine(s: Tensors, o: Tensors) -> Tensor:
+    return distances.cosine(s, o, energy(o))
 
 
 def scaled(a: Tensors, by: float) -> Tensors:

@@ -21,7 +21,7 @@ from keyhole.solve import drive
 from keyhole.solve.drive import Paused, Solved, Watch, solve
 from keyhole.solve.lbfgs import LBFGS
 from keyhole.solve.lift import Shared
-from keyhole.solve.optimizers import SGD, adam
+from keyhole.solve.optimizers import SGD, adam, signed
 
 Objective = Callable[[Tensor, dict[str, Tensor], Key], tuple[Tensor, Tensor]]
 N = 3
@@ -170,6 +170,16 @@ def two_wells(x: Tensor, given: dict[str, Tensor], key: Key) -> tuple[Tensor, Te
     """Objective 0 at 0, and 1 at 10; the score, without the prior, says the opposite."""
     near, far = x.square().sum(), (x - 10).square().sum()
     return torch.minimum(near, far + 1), torch.minimum(near + 1, far)
+
+
+def test_a_gradient_without_a_number_is_diverged_though_the_objective_has_one() -> None:
+    def vertical(x: Tensor, given: dict[str, Tensor], key: Key) -> tuple[Tensor, Tensor]:
+        value = (0.0 * x).sqrt().sum()  # 0, with a slope of 0 times infinity
+        return value, value
+
+    for optimizer in (SGD(0.1), adam(0.1), signed(adam(0.1)), LBFGS(history=5)):
+        (one,) = run(Toy(vertical, optimizer=optimizer, steps=20), data(1), starts([1.0]))
+        assert one.status == "diverged"
 
 
 def test_of_all_starts_the_best_score_is_kept_whatever_the_order() -> None:

@@ -143,8 +143,6 @@ def test_an_objective_that_is_not_finite_marks_the_trial_as_stuck(optimizer: Any
     assert not bool(good.stuck)
     value = optimizer.update(state, torch.tensor(bad).double(), torch.ones(N).double(), 0, same)
     assert bool(value.stuck)
-    gradient = optimizer.update(state, torch.tensor(1.0).double(), torch.full((N,), math.nan).double(), 0, same)
-    assert bool(gradient.stuck)
 
 
 @pytest.mark.parametrize("optimizer", [SGD(0.01, 0.9), adam(0.1, StepDecay(10)), signed(adam(0.1))])

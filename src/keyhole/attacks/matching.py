@@ -17,12 +17,14 @@ from keyhole.core.defense import strip_prefix
 from keyhole.core.keys import fold_in, normal
 from keyhole.core.registry import LABELS
 from keyhole.core.task import Task
+from keyhole.core.tensors import squared_norm
 from keyhole.core.threat import ThreatModel
-from keyhole.core.types import Batch, Candidate, Field, Key, Observation, Reconstruction, Seen, Tensors
+from keyhole.core.types import Batch, Candidate, Field, Key, Reconstruction, Seen, Tensors
 from keyhole.errors import Refused, check_range
 from keyhole.solve.optimizers import Optimizer
 
-Distance = Callable[[Tensors, Tensors], Tensor]
+Distance = Callable[[Tensors, Tensors, Tensor], Tensor]
+"""Simulated update, observed update and the observed squared norm to a scalar."""
 Penalty = Callable[[Tensor], Tensor]
 
 
@@ -70,11 +72,14 @@ class GradientMatching(IterativeAttack):
         """Weights and update, and whatever the label rule reads."""
         return frozenset[Field]({"weights", "update"}) | LABELS.card(self.labels).facts["needs"]
 
-    def infer(self, task: Task, threat: ThreatModel, seen: tuple[Observation, ...], key: Key) -> Tensors:
-        """Labels of every round's batch, (rounds x b, k)."""
+    def infer(self, task: Task, threat: ThreatModel, seen: Seen, key: Key) -> Tensors:
+        """Labels of every round's batch, (rounds x b, k), and the squared norm of what is matched, (rounds,)."""
         rule = LABELS.card(self.labels).factory
-        recovered = [rule(task, threat.batch_size, one, fold_in(key, i)) for i, one in enumerate(seen)]
-        return {"targets": torch.cat(recovered)}
+        rounds = list(enumerate(seen.observations))
+        recovered = [rule(task, threat.batch_size, one, fold_in(key, i)) for i, one in rounds]
+        known = strip_prefix(seen.facts, "counter.")
+        matched = [threat.counter.compare(one.update, one.update, known)[1] for _, one in rounds if one.update]
+        return {"targets": torch.cat(recovered), "squares": torch.stack([squared_norm(update) for update in matched])}
 
     def start(self, task: Task, threat: ThreatModel, seen: Seen, images: Tensor | None, key: Key) -> Candidate:
         """Public images as they come, or standard normal noise in the model's input space."""
@@ -98,7 +103,8 @@ class GradientMatching(IterativeAttack):
             rows = slice(number * size, (number + 1) * size)
             batch = Batch(inputs[rows], targets[rows], share)
             simulated = threat.simulate(task, observation.weights, batch, facts, unknowns, key)
-            distance = distance + self.distance(*threat.counter.compare(simulated, observation.update, facts))
+            mine, theirs = threat.counter.compare(simulated, observation.update, facts)
+            distance = distance + self.distance(mine, theirs, seen.facts["squares"][number])
         prior = sum(weight * penalty(inputs) for weight, penalty in self.penalties if weight > 0)
         return distance + prior, distance
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from keyhole.core.task import Task
 from keyhole.core.threat import ThreatModel
-from keyhole.core.types import Candidate, Field, Key, Observation, Reconstruction, Seen, Tensors
+from keyhole.core.types import Candidate, Field, Key, Reconstruction, Seen, Tensors
 
 Start = Literal["random", "gray", "mean"]
 """Where an iterative attack begins: noise, mid-gray, or the mean of the public images."""
@@ -23,8 +23,8 @@ class Attack(ABC):
     def needs(self) -> frozenset[Field]:
         """What it must see; a threat model that hides it makes the trial ``refused``."""
 
-    def infer(self, task: Task, threat: ThreatModel, seen: tuple[Observation, ...], key: Key) -> Tensors:
-        """Worked out once from the observations and then held fixed, such as recovered labels."""
+    def infer(self, task: Task, threat: ThreatModel, seen: Seen, key: Key) -> Tensors:
+        """Worked out once and then held fixed, such as labels; the counter's facts are already in ``seen``."""
         return {}
 
 

@@ -70,7 +70,7 @@ def split(key: Key, count: int) -> Tensor:
 
 
 def advance(key: Key, tick: int) -> Key:
-    """A key for one step of a long loop: one addition where `fold_in` would hash (a loop calls this every step)."""
+    """Keys (..., 2) for one step of a long loop: an addition where `fold_in` would hash, as it is called every step."""
     return (key + torch.tensor([0, tick], dtype=torch.int64, device=key.device)) & _WORD
 
 

@@ -117,9 +117,8 @@ def solve(
     watch = watch or Watch()
 
     def infer(seen: tuple[Observation, ...], key: Key) -> Seen:
-        facts = attack.infer(task, threat, seen, fold_in(key, "infer"))
-        known = threat.counter.facts(task, seen)
-        return Seen(seen, {**facts, **{f"counter.{name}": value for name, value in known.items()}})
+        known = {f"counter.{name}": value for name, value in threat.counter.facts(task, seen).items()}
+        return Seen(seen, {**known, **attack.infer(task, threat, Seen(seen, known), fold_in(key, "infer"))})
 
     seen = lift(infer, shared)(observations, keys)
     if isinstance(attack, DirectAttack):
@@ -178,18 +177,19 @@ class _Loop:
         return Best(x.clone(), never, never.clone())
 
     def _step(self, state: Any, best: Best, seen: Seen, key: Key) -> tuple[Any, Best]:
-        """One evaluation and one step, for one trial."""
+        """One evaluation and one step, for one trial. A gradient that is not finite counts as an infinite objective."""
 
         def objective(x: Tensor) -> tuple[Tensor, Tensor]:
-            return self.attack.loss(self.task, self.threat, seen, unflatten(x, self.shapes), advance(key, self.tick))
+            return self.attack.loss(self.task, self.threat, seen, unflatten(x, self.shapes), key)
 
         def project(x: Tensor) -> Tensor:
             return flatten(self.attack.project(self.task, unflatten(x, self.shapes)))
 
         x = self.optimizer.propose(state)
         gradient, (value, score) = grad_and_value(objective, has_aux=True)(x)
+        value = torch.where(gradient.isfinite().all(), value, math.inf)
         state = self.optimizer.update(state, value, gradient, self.tick, project)
-        better = value.isfinite() & gradient.isfinite().all() & (value < best.objective)
+        better = value < best.objective
         return state, Best(
             torch.where(better, x, best.x),
             torch.where(better, value, best.objective),
@@ -202,7 +202,7 @@ class _Loop:
         self._resume()
         step = lift(self._step, self.shared)
         while self.lanes:
-            self.state, self.best = step(self.state, self.best, self.seen, self.keys)
+            self.state, self.best = step(self.state, self.best, self.seen, advance(self.keys, self.tick))
             self.tick += 1
             for lane in self.lanes:
                 lane.local += 1

@@ -47,6 +47,8 @@ class LBFGSState(NamedTuple):
     """Which slots hold a pair, (m,)."""
     gamma: Tensor
     """Initial inverse curvature."""
+    plain: Tensor
+    """The direction is the scaled gradient, not one that the memory gave."""
     fresh: Tensor
     """Nothing has been evaluated since the start."""
     stuck: Tensor
@@ -94,6 +96,7 @@ class LBFGS:
             yy=x.new_zeros(m, m),
             valid=x.new_zeros(m),
             gamma=scalar + 1.0,
+            plain=no.clone(),
             fresh=~no,
             stuck=no,
         )
@@ -109,6 +112,7 @@ class LBFGS:
             tries=torch.zeros_like(state.tries),
             valid=torch.zeros_like(state.valid),
             gamma=torch.ones_like(state.gamma),
+            plain=torch.zeros_like(state.plain),
             fresh=torch.ones_like(state.fresh),
             stuck=torch.zeros_like(state.stuck),
         )
@@ -124,7 +128,7 @@ class LBFGS:
         trial, so a rejected step leaves an empty slot.
         """
         point = self.propose(state)
-        finite = value.isfinite() & gradient.isfinite().all() & (point.abs().amax() <= self.radius)
+        finite = value.isfinite() & (point.abs().amax() <= self.radius)
         # Replaced before any arithmetic: zero times infinity would be NaN.
         value = torch.where(finite, value, float("inf"))
         gradient = torch.where(finite, gradient, 0.0)
@@ -134,14 +138,13 @@ class LBFGS:
         s, y, valid, gamma = self._remember(state, accept, gradient, slot)
         x = torch.where(accept, point, state.x)
         here = torch.where(accept, gradient, state.gradient)
-        direction, slope, valid = self._direction(state, here, s, y, valid, gamma, tick)
+        fallback, fallback_slope = _steepest(here)
+        direction, slope, good = self._direction(state, here, s, y, valid, gamma, tick)
+        direction, slope = torch.where(good, direction, fallback), torch.where(good, slope, fallback_slope)
 
         shorter = self._shorten(state, value)
         tries = torch.where(accept, 0, state.tries + 1)
         exhausted = tries >= self.max_tries
-        # Not read off the memory: as many rejections as it has slots have emptied it by now.
-        had_memory = (state.direction != _steepest(state.gradient)[0]).any()
-        fallback, fallback_slope = _steepest(here)
         return state._replace(
             x=x,
             value=torch.where(accept, value, state.value),
@@ -150,10 +153,11 @@ class LBFGS:
             step=torch.where(accept | exhausted, 1.0, shorter),
             slope=torch.where(accept, slope, torch.where(exhausted, fallback_slope, state.slope)),
             tries=torch.where(exhausted, 0, tries),
-            valid=torch.where(exhausted, 0.0, valid),
+            valid=torch.where(exhausted | (accept & ~good), 0.0, valid),
             gamma=gamma,
             fresh=state.fresh & ~accept,
-            stuck=(state.fresh & ~finite) | (exhausted & ~had_memory) | state.stuck,
+            plain=torch.where(accept, ~good, exhausted | state.plain),
+            stuck=(state.fresh & ~finite) | (exhausted & state.plain) | state.stuck,
         )
 
     def _remember(
@@ -176,7 +180,7 @@ class LBFGS:
     def _direction(
         self, state: LBFGSState, gradient: Tensor, s: Tensor, y: Tensor, valid: Tensor, gamma: Tensor, tick: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Minus the inverse Hessian times the gradient, its slope, and the memory (emptied if it misled)."""
+        """Minus the inverse Hessian times the gradient, its slope, and whether it leads down."""
         slot, used = tick % self.history, min(tick + 1, self.history)
         # Only the slots written so far are read: the update is bound by memory traffic.
         old_s, old_y = state.s[:used], state.y[:used]
@@ -203,13 +207,7 @@ class LBFGS:
         step = p.roll(-roll)[None, :] @ old_s - gamma * (u.roll(-roll)[None, :] @ old_y)
         direction = -(gamma * gradient + step[0])
         slope = gradient @ direction
-        good = (valid > 0).any() & slope.isfinite() & (slope < 0)
-        fallback, fallback_slope = _steepest(gradient)
-        return (
-            torch.where(good, direction, fallback),
-            torch.where(good, slope, fallback_slope),
-            torch.where(good, valid, 0.0),
-        )
+        return direction, slope, (valid > 0).any() & slope.isfinite() & (slope < 0)
 
     @staticmethod
     def _shorten(state: LBFGSState, value: Tensor) -> Tensor:

@@ -35,7 +35,10 @@ class Optimizer(Protocol):
         ...
 
     def update(self, state: Any, value: Tensor, gradient: Tensor, tick: int, project: Project) -> Any:
-        """The state after learning the objective and its gradient at the proposed point."""
+        """The state after learning the objective and its gradient at the proposed point.
+
+        The objective is infinite where it or its gradient is not finite.
+        """
         ...
 
 
@@ -115,11 +118,11 @@ class SGD:
     def update(
         self, state: FirstOrderState, value: Tensor, gradient: Tensor, tick: int, project: Project
     ) -> FirstOrderState:
-        """One step; a gradient that is not finite marks the trial as stuck."""
+        """One step; an objective that is not finite marks the trial as stuck."""
         velocity = self.momentum * state.momentum + gradient
         rate = (self.lr * self.schedule(state.step)).to(gradient.dtype)
         x = project(state.x - rate * velocity)
-        bad = ~(gradient.isfinite().all() & value.isfinite())
+        bad = ~value.isfinite()
         return FirstOrderState(x, state.step + 1, velocity, state.square, bad)
 
 
@@ -148,14 +151,14 @@ class Adam:
     def update(
         self, state: FirstOrderState, value: Tensor, gradient: Tensor, tick: int, project: Project
     ) -> FirstOrderState:
-        """One step; a gradient that is not finite marks the trial as stuck."""
+        """One step; an objective that is not finite marks the trial as stuck."""
         count = (state.step + 1).double()
         first = self.beta1 * state.momentum + (1 - self.beta1) * gradient
         second = self.beta2 * state.square + (1 - self.beta2) * gradient * gradient
         rate = (self.lr * self.schedule(state.step) / (1 - self.beta1**count)).to(gradient.dtype)
         correction = (1 - self.beta2**count).to(gradient.dtype)
         x = project(state.x - rate * first / ((second / correction).sqrt() + self.epsilon))
-        bad = ~(gradient.isfinite().all() & value.isfinite())
+        bad = ~value.isfinite()
         return FirstOrderState(x, state.step + 1, first, second, bad)
 
 
@@ -189,10 +192,8 @@ class Signed:
         return self.inner.propose(state)
 
     def update(self, state: Any, value: Tensor, gradient: Tensor, tick: int, project: Project) -> Any:
-        """The inner step on the sign. NaN stays NaN."""
-        return self.inner.update(
-            state, value, torch.where(gradient.isfinite(), gradient.sign(), gradient), tick, project
-        )
+        """The inner step on the sign."""
+        return self.inner.update(state, value, gradient.sign(), tick, project)
 
 
 def adam(lr: float, schedule: Schedule | None = None) -> Adam:
