@@ -478,7 +478,7 @@ def main() -> None:
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
             "clock": "process CPU time",
-            "steps": [asdict(cost) for cost in steps],
+            "steps": {f"{cost.model} {cost.trials}": asdict(cost) for cost in steps},
             "plain_backward": plain,
             "recipe_cap": RECIPE_CAP,
             "reconstructions": [

@@ -22,11 +22,10 @@ from rich.table import Table
 import keyhole.experiment.spec  # noqa: F401  (fills the registries)
 from keyhole.core import registry
 from keyhole.core.registry import Card, Registry
-from keyhole.errors import KeyholeError, StoreError, UnknownName
+from keyhole.errors import KeyholeError, UnknownName
 from keyhole.experiment.audit import SETTING, audit
 from keyhole.experiment.plan import Group
 from keyhole.experiment.spec import load_experiment, presets
-from keyhole.experiment.store import Store
 
 app = typer.Typer(
     help="Measure how much private data can be recovered from what federated-learning clients share.",
@@ -162,21 +161,10 @@ def _presets() -> list[dict[str, Any]]:
 
 
 def _report(folder: Path) -> None:
-    from keyhole.report.render import Images, render_html, render_markdown, render_verdict
-    from keyhole.report.summarize import Setting, summarize
+    from keyhole.report.render import render_verdict
+    from keyhole.report.write import write_report
 
-    store = Store(folder)
-    if not (folder / SETTING).exists():
-        raise StoreError(f"'{folder}' holds no audit that began its attacks (there is no {SETTING} in it).")
-    raw: dict[str, Any] = json.loads((folder / SETTING).read_text())
-    setting = Setting(**{k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()})  # type: ignore[arg-type]
-    outcomes = list(store.outcomes().values())
-    report = summarize(setting, outcomes)
-    reconstructions, secrets = store.images()
-    images = Images(secrets, reconstructions) if reconstructions else None
-    store.write_text("report.json", report.to_json())
-    html = store.write_text("report.html", render_html(report, setting, outcomes, images))
-    store.write_text("report.md", render_markdown(report))
+    report, html = write_report(folder)
     head, *rows = render_verdict(report)
     table = Table(*head, box=None, padding=(0, 1))
     for row in rows:

@@ -74,3 +74,9 @@ def check_range(
         right = "" if high == math.inf else f"{'below' if open_high else 'at most'} {high:g}"
         accepted = " and ".join(part for part in (left, right) if part) or "a number"
         raise ConfigError(f"{name} is {value!r}; it must be {accepted}.")
+
+
+def cause(error: BaseException) -> str:
+    """The first line of an error, for a sentence that must stay one."""
+    first = str(error).strip().split("\n")[0].rstrip(".")
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__

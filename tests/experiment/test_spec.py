@@ -89,6 +89,7 @@ def test_overrides_reach_every_depth() -> None:
         (with_(client={"batch_size": 65}), "larger than the target pool of 64"),
         (with_(client={"batch_size": 3}), "not a multiple"),
         (with_(client={"rule": "sgd"}), "client.rule"),
+        (with_(state={"train": "w.safetensors"}, run={"seeds": [0, 1]}), "one file of weights"),
         (with_(attacker={"sees": ["weight"]}), "attacker.sees"),
         (with_(model={}), "either a name or a factory"),
         (with_(model={"name": "convent"}), "unknown model 'convent'.*did you mean 'convnet'"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch.nn.functional import interpolate
 
 from keyhole.core.registry import DATASETS
 from keyhole.errors import ConfigError, DataError, KeyholeError, UnknownName
-from keyhole.zoo import datasets as zoo
+from keyhole.zoo import decoding
 from keyhole.zoo.datasets import Data, load_data
 
 pa = pytest.importorskip("pyarrow")
@@ -473,6 +474,40 @@ def test_hub_out_of_reach(no_hub: None) -> None:
         assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("library", ["datasets", "huggingface_hub"])
+@pytest.mark.parametrize("works", [False, True])
+def test_libraries_log_nothing_while_the_hub_is_asked(
+    no_hub: None, monkeypatch: pytest.MonkeyPatch, library: str, works: bool
+) -> None:
+    logger = logging.getLogger(library)
+    heard: list[str] = []
+
+    class Ear(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            heard.append(record.getMessage())
+
+    def retry(name: str) -> Any:
+        logging.getLogger(f"{library}.utils._http").warning("Retrying in 8s [Retry 5/5].")
+        if not works:
+            raise ConnectionError("no network in tests")
+        schema = hub.Features({"image": hub.Image(), "label": hub.ClassLabel(names=["x", "y"])})
+        columns = {"image": [picture(i) for i in range(12)], "label": [0, 1] * 6}
+        return hub.DatasetDict({"train": hub.Dataset.from_dict(columns, features=schema)})
+
+    monkeypatch.setattr(logger, "handlers", [Ear()])
+    monkeypatch.setattr(logger, "propagate", False)
+    monkeypatch.setattr(hub, "load_dataset", retry)
+    level = logger.level
+    if works:
+        load_data("some-one/some.thing", **SMALL)
+    else:
+        with pytest.raises(DataError, match="no network in tests"):
+            load_data("some-one/some.thing")
+    assert heard == [] and logger.level == level
+    logger.warning("as before")
+    assert heard == ["as before"]
+
+
 def test_hub_id(no_hub: None, monkeypatch: pytest.MonkeyPatch) -> None:
     columns = {"img": [picture(i) for i in range(12)], "label": [0, 1, 2] * 4}
     schema = hub.Features({"img": hub.Image(), "label": hub.ClassLabel(names=["x", "y", "z"])})
@@ -516,11 +551,8 @@ def test_missing_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packag
         load_data(str(path), **SMALL)
 
 
-def test_cards_name_the_hub() -> None:
+def test_cards_say_what_a_set_is_and_where_it_comes_from() -> None:
     assert {card.name for card in DATASETS} >= {"faces", "digits", "mnist", "fashion_mnist", "cifar10"}
-    assert DATASETS.card("mnist").facts["hub"] == "ylecun/mnist"
-    assert DATASETS.card("fashion_mnist").facts["hub"] == "zalando-datasets/fashion_mnist"
-    assert DATASETS.card("cifar10").facts["hub"] == "uoft-cs/cifar10"
     assert all(card.summary and card.link for card in DATASETS)
 
 
@@ -532,33 +564,33 @@ def test_nothing_is_written_beside_the_data(tmp_path: Path) -> None:
 
 def test_only_chosen_images_are_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded: list[str] = []
-    original = zoo._decode
+    original = decoding.decode
 
     def watched(file: Any, where: str) -> torch.Tensor:
         decoded.append(where)
         return original(file, where)
 
-    monkeypatch.setattr(zoo, "_decode", watched)
+    monkeypatch.setattr(decoding, "decode", watched)
     load_data(str(write(tmp_path / "a.parquet", table([0, 1] * 20))), **SMALL)
     assert len(decoded) == sum(SMALL.values())
 
 
 @LOCAL
 @pytest.mark.parametrize(
-    ("name", "shape", "mean"),
+    ("name", "hub_id", "shape", "mean"),
     [
-        ("mnist", (1, 28, 28), (0.1306637,)),
-        ("fashion_mnist", (1, 28, 28), (0.2860406,)),
-        ("cifar10", (3, 32, 32), (0.4914672, 0.4822617, 0.4467701)),
+        ("mnist", "ylecun/mnist", (1, 28, 28), (0.1306637,)),
+        ("fashion_mnist", "zalando-datasets/fashion_mnist", (1, 28, 28), (0.2860406,)),
+        ("cifar10", "uoft-cs/cifar10", (3, 32, 32), (0.4914672, 0.4822617, 0.4467701)),
     ],
 )
-def test_published_sets(name: str, shape: tuple[int, ...], mean: tuple[float, ...]) -> None:
+def test_published_sets(name: str, hub_id: str, shape: tuple[int, ...], mean: tuple[float, ...]) -> None:
     data = load_data(name, candidates=100)
     check_pools(data)
     assert data.image_shape == shape and data.num_classes == 10 and data.mean == mean
     assert same(data, load_data(name, candidates=100))
     assert load_data(name, candidates=100, split="test").digest != data.digest
-    assert load_data(DATASETS.card(name).facts["hub"], candidates=100).target.rows == data.target.rows
+    assert load_data(hub_id, candidates=100).target.rows == data.target.rows
 
 
 @LOCAL

@@ -74,7 +74,7 @@ def prepare(experiment: Experiment, device: torch.device) -> Setup:
         name = experiment.model.name
         normalize = bool(MODELS.card(name).facts.get("normalize", False)) if name is not None else False
     mean, std = (data.mean, data.std) if normalize else ((0.0,) * channels, (1.0,) * channels)
-    shape = tuple(data.target.images.shape[1:])
+    shape = data.image_shape
     tasks: list[Task] = []
     weights: dict[int, Weights] = {}
     states: dict[int, str] = {}

@@ -212,6 +212,11 @@ def parse_experiment(raw: dict[str, Any], title: str = "audit") -> Experiment:
                 chains.append(chain)
     run, client, data = sections["run"], sections["client"], sections["data"]
     _check_sizes(run, client, data)
+    if sections["state"].train != "none" and len(run.seeds) > 1:
+        raise ConfigError(
+            f"state.train names one file of weights, so all {len(run.seeds)} networks of run.seeds would be the same; "
+            "give one seed."
+        )
     if not isinstance(raw.get("title", title), str):
         raise ConfigError("title must be a string.")
     return Experiment(title=raw.get("title", title), attacks=attacks, defenses=tuple(chains), **sections)

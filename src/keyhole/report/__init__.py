@@ -1,9 +1,9 @@
 """From outcomes to a report that a person can read.
 
-`keyhole.report.summarize` needs numpy and scipy only; `keyhole.report.render` draws HTML with the optional jinja2 and
-matplotlib, which it imports when a page is asked for.
+jinja2 and matplotlib are imported only when a page is drawn.
 """
 
 from keyhole.report.summarize import Report, Setting, summarize
+from keyhole.report.write import read_audit, write_report
 
-__all__ = ["Report", "Setting", "summarize"]
+__all__ = ["Report", "Setting", "read_audit", "summarize", "write_report"]

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from keyhole.core.keys import fold_in, new_key
 from keyhole.core.registry import MODELS
-from keyhole.errors import KeyholeError, ModelError, UnknownName, check_range
+from keyhole.errors import KeyholeError, ModelError, UnknownName, cause, check_range
 
 _GIVEN = ("input_shape", "num_classes")
 """Arguments that Keyhole fills in; the rest are the user's options."""
@@ -226,7 +226,7 @@ def _import_factory(path: str) -> Callable[..., Any]:
         found: Any = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:
         raise ModelError(
-            f"model factory '{path}': module '{module_name}' cannot be imported ({_cause(error)})."
+            f"model factory '{path}': module '{module_name}' cannot be imported ({cause(error)})."
         ) from error
     for part in attribute.split("."):
         if not hasattr(found, part):
@@ -246,7 +246,7 @@ def _called(name: str, factory: Callable[..., Any], arguments: dict[str, Any]) -
         raise
     except (Exception, SystemExit) as error:
         listed = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
-        raise ModelError(f"model '{name}' called with ({listed}) failed ({_cause(error)}).") from error
+        raise ModelError(f"model '{name}' called with ({listed}) failed ({cause(error)}).") from error
     if not isinstance(model, nn.Module):
         raise ModelError(f"model factory '{name}' returned a {type(model).__name__}; a torch.nn.Module is needed.")
     return model
@@ -297,17 +297,10 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise ModelError(
-            f"weights file '{path}' is not a safetensors file, or is cut off ({_cause(error)}); write one "
-            "with "
+            f"weights file '{path}' is not a safetensors file, or is cut off ({cause(error)}); write one with "
             "safetensors.torch.save_file(model.state_dict(), path). Pickles (.pt, .pth) are never loaded."
         ) from error
 
 
 def _some(names: list[str]) -> str:
     return f"'{names[0]}'" if len(names) == 1 else f"'{names[0]}' and {len(names) - 1} more"
-
-
-def _cause(error: BaseException) -> str:
-    """The first line of an error, for a sentence that must stay one."""
-    first = str(error).strip().split("\n")[0].rstrip(".")
-    return f"{type(error).__name__}: {first}" if first else type(error).__name__

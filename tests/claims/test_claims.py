@@ -1,0 +1,87 @@
+"""The claim cards are well formed, docs/claims.md is theirs, and a small version of each slow claim holds."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from keyhole.core.registry import DEFENSES
+from keyhole.experiment import audit, load_experiment
+from keyhole.report import Report, write_report
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def measure() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("measure", HERE / "measure.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+CARDS = {path.stem: json.loads(path.read_text()) for path in sorted(HERE.glob("*.json"))}
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_card_is_whole(name: str, measure: ModuleType) -> None:
+    card = CARDS[name]
+    assert card.keys() == {"statement", "paper", "setting", "claimed", "measure", "measured", "interval", "date"}
+    assert (card["measured"] is None) == (card["date"] is None)
+    if card["claimed"] is not None:
+        assert card["claimed"].keys() <= {"at_least", "at_most"}
+    if "defense" in card["measure"]:
+        assert card["measure"]["defense"].partition("(")[0] in {"none", *(c.name for c in DEFENSES)}
+
+
+def test_page_is_that_of_the_cards(measure: ModuleType) -> None:
+    assert measure.PAGE.read_text() == measure.render(CARDS), "run: python tests/claims/measure.py --render"
+
+
+def test_an_unmet_claim_stays_visible(measure: ModuleType) -> None:
+    card = {**next(iter(CARDS.values())), "claimed": {"at_least": 0.9}, "measured": 0.5, "interval": [0.4, 0.6]}
+    assert measure.is_met(card) is False
+    assert "| 0.5 (0.4 to 0.6) | **no** |" in measure.render({"x": card})
+
+
+def small(tmp_path: Path, source: str, *overrides: str) -> Report:
+    assert audit(load_experiment(source, overrides), tmp_path, jobs=1)
+    return write_report(tmp_path)[0]
+
+
+def rows(report: Report) -> dict[tuple[str, str], Any]:
+    return {(row.defense, row.attacker): row for row in report.rows}
+
+
+def test_faces_leak_undefended_and_to_who_knows_the_mask(tmp_path: Path) -> None:
+    """A small `faces_full`: 6 faces, one network, one defense of each outcome."""
+    chains = 'defenses=[{chain=[{name="random_masking"}]}, {chain=[{name="gaussian_noise", std=1.0, scale="rms"}]}]'
+    found = rows(small(tmp_path, "faces", "run.samples=6", 'attacks=[{name="idlg"}]', chains))
+    masked, noised = "random_masking(rate=0.5)", "gaussian_noise(std=1, scale=rms)"
+    assert found["none", "naive"].leak_rate.value == 1.0
+    assert found["none", "naive"].leak_rate_90.value == 1.0
+    assert found["none", "naive"].label_accuracy.mean == 1.0
+    assert found[masked, "naive"].leak_rate.value == 0.0
+    assert found[masked, "adaptive:survivors"].leak_rate.value == 1.0
+    assert found[noised, "adaptive:likelihood"].leak_rate.value == 0.0
+    controls = [row for (_, attacker), row in found.items() if attacker.startswith("control:")]
+    assert len(controls) == 7
+    assert all(row.leak_rate.value == 0.0 for row in controls)
+    assert found["none", "check:truth"].mse.median == 0.0
+
+
+def test_inverting_gradients_beats_its_controls(tmp_path: Path) -> None:
+    """A small `inverting_gradients_cifar10`: faces, a narrow ReLU ConvNet with BatchNorm in eval mode, 400 steps."""
+    model = 'model={name="convnet", width=4, batchnorm="eval"}'
+    attack = 'attacks=[{name="inverting_gradients", steps=400, restarts=1, tv=1e-3}]'
+    found = rows(small(tmp_path, "faces", model, attack, "defenses=[]", "run.samples=4"))
+    best = max(row.psnr.median for (_, attacker), row in found.items() if attacker == "control:prior_only")
+    assert found["none", "naive"].psnr.median > best + 2.0
+    assert found["none", "naive"].ssim.median > 0.3
