@@ -61,8 +61,12 @@ def audit_command(
     """Attack what clients would send, and write a report. Run again to go on after an interruption."""
     experiment = load_experiment(source, overrides or [])
     folder = out_dir or Path("audits") / experiment.title
-    with _Bars() as bars:
-        done = audit(experiment, folder, jobs=jobs, device=device, seconds=seconds, progress=bars)
+    try:
+        with _Bars() as bars:
+            done = audit(experiment, folder, jobs=jobs, device=device, seconds=seconds, progress=bars)
+    except KeyboardInterrupt:  # caught here, as typer would end without a word
+        err.print("Interrupted: what is done is stored; the same command goes on.")
+        raise typer.Exit(130) from None
     if not done and not (folder / SETTING).exists():
         err.print(f"Paused while tuning; the same command goes on. Stored so far: {folder}", highlight=False)
         raise typer.Exit(PAUSED)
@@ -118,6 +122,9 @@ def _show(card: Card) -> None:
     out.print(f"[bold]{card.name}[/]  ({card.kind}, version {card.version})")
     if card.paper:
         out.print(f"Source: {card.paper}. {card.link}", highlight=False)
+    if card.kind == "defense":
+        counters = ", ".join(counter.name for counter in card.factory().counters())
+        out.print(f"Attackers who know it: {counters}.", highlight=False)
     for known_break in card.known_breaks:
         out.print(f"Known to break it: {known_break}.", highlight=False)
     out.print()
@@ -223,6 +230,3 @@ def main() -> None:
     except KeyholeError as error:
         err.print(f"Error: {error}", highlight=False, markup=False, soft_wrap=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        err.print("Interrupted: what is done is stored; the same command goes on.")
-        sys.exit(130)

@@ -71,7 +71,7 @@ def check_range(
     below = value < high if open_high else value <= high
     if not (above and below):
         left = "" if low == -math.inf else f"{'above' if open_low else 'at least'} {low:g}"
-        right = "" if high == math.inf else f"{'below' if open_high else 'at most'} {high:g}"
+        right = "" if high == math.inf and not open_high else f"{'below' if open_high else 'at most'} {high:g}"
         accepted = " and ".join(part for part in (left, right) if part) or "a number"
         raise ConfigError(f"{name} is {value!r}; it must be {accepted}.")
 

@@ -78,10 +78,10 @@ def test_faces_leak_undefended_and_to_who_knows_the_mask(tmp_path: Path) -> None
 
 
 def test_inverting_gradients_beats_its_controls(tmp_path: Path) -> None:
-    """A small `inverting_gradients_cifar10`: faces, a narrow ReLU ConvNet with BatchNorm in eval mode, 400 steps."""
-    model = 'model={name="convnet", width=4, batchnorm="eval"}'
-    attack = 'attacks=[{name="inverting_gradients", steps=400, restarts=1, tv=1e-3}]'
-    found = rows(small(tmp_path, "faces", model, attack, "defenses=[]", "run.samples=4"))
-    best = max(row.psnr.median for (_, attacker), row in found.items() if attacker == "control:prior_only")
-    assert found["none", "naive"].psnr.median > best + 2.0
-    assert found["none", "naive"].ssim.median > 0.3
+    """A small `inverting_gradients_cifar10`: digits and a ReLU network of one hidden layer, 300 steps."""
+    model = 'model={name="mlp", hidden=64, layers=1}'
+    attack = 'attacks=[{name="inverting_gradients", steps=300, restarts=1, tv=1e-4}]'
+    found = rows(small(tmp_path, "quick", model, attack, "defenses=[]", "run.samples=4"))
+    controls = [row for (_, attacker), row in found.items() if attacker.startswith("control:")]
+    assert found["none", "naive"].psnr.median > max(row.psnr.median for row in controls) + 3.0
+    assert found["none", "naive"].ssim.median > 0.8

@@ -36,13 +36,13 @@ def test_every_attacker_has_its_trials(experiment: Experiment, setup: Setup) -> 
     assert tally == {
         (False, "naive"): everyone,
         (False, "control:prior_only"): everyone,
-        (False, "control:other_client"): 6,  # groups of 3 and 1: a lone trial has no neighbour
+        (False, "control:other_client"): everyone,
         (False, "control:class_mean"): everyone,
         (False, "check:truth"): everyone,
         (True, "naive"): everyone,
         (True, "adaptive:survivors"): everyone,
         (True, "control:prior_only"): everyone,
-        (True, "control:other_client"): 6,
+        (True, "control:other_client"): everyone,
         (True, "check:truth"): everyone,
     }
 
@@ -50,7 +50,8 @@ def test_every_attacker_has_its_trials(experiment: Experiment, setup: Setup) -> 
 def test_groups_hold_one_network_and_never_more_than_the_size(experiment: Experiment, setup: Setup) -> None:
     for group in plan(experiment, setup, choose(experiment, [])):
         assert len({(t.seed, t.attacker, t.defense, t.attack) for t in group.trials}) == 1
-        assert len(group.trials) <= 3
+        # Of 4 trials in groups of 3 the last would be alone; where it needs a neighbour it joins the others.
+        assert len(group.trials) <= 3 or (group.others and len(group.trials) == 4)
 
 
 def test_tuning_gives_every_attacker_the_same_grid(experiment: Experiment, setup: Setup) -> None:

@@ -5,6 +5,7 @@ The gradient-inversion family differs in distance, prior, optimizer and start; t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -64,7 +65,7 @@ class GradientMatching(IterativeAttack):
         check_range("restarts", self.restarts, 1)
         check_range("tolerance", self.tolerance, 0)
         for weight, _ in self.penalties:
-            check_range("the weight of a penalty", weight, 0)
+            check_range("the weight of a penalty", weight, 0, math.inf, open_high=True)
         LABELS.card(self.labels, "attack option 'labels'")
 
     @property
@@ -74,12 +75,17 @@ class GradientMatching(IterativeAttack):
 
     def infer(self, task: Task, threat: ThreatModel, seen: Seen, key: Key) -> Tensors:
         """Labels of every round's batch, (rounds x b, k), and the squared norm of what is matched, (rounds,)."""
-        rule = LABELS.card(self.labels).factory
-        rounds = list(enumerate(seen.observations))
-        recovered = [rule(task, threat.batch_size, one, fold_in(key, i)) for i, one in rounds]
-        known = strip_prefix(seen.facts, "counter.")
-        matched = [threat.counter.compare(one.update, one.update, known)[1] for _, one in rounds if one.update]
-        return {"targets": torch.cat(recovered), "squares": torch.stack([squared_norm(update) for update in matched])}
+        size, known = threat.batch_size, strip_prefix(seen.facts, "counter.")
+        # A counter that had to give up the scale leaves the rules that count by it with nothing to go by.
+        unscaled = self.labels == "auto" and size > 1 and threat.counter.scale_free
+        rule = LABELS.card("bias_corrected" if unscaled else self.labels).factory
+        targets, squares = [], []
+        for number, one in enumerate(seen.observations):
+            # What the attacker makes of the update, not the update as the defense left it.
+            update = threat.counter.compare(one.update, one.update, known)[1] if one.update else {}
+            targets.append(rule(task, size, one._replace(update=update), fold_in(key, number)))
+            squares.append(squared_norm(update))
+        return {"targets": torch.cat(targets), "squares": torch.stack(squares)}
 
     def start(self, task: Task, threat: ThreatModel, seen: Seen, images: Tensor | None, key: Key) -> Candidate:
         """Public images as they come, or standard normal noise in the model's input space."""

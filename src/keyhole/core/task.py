@@ -247,5 +247,7 @@ def _unused_parameters(task: Task) -> list[str]:
     params = {name: p.requires_grad_(True) for name, p in weights.params.items()}
     inputs = torch.zeros(1, *task.input_shape, dtype=next(iter(params.values())).dtype)
     total = task.logits(Weights(params, weights.buffers), inputs).sum()
+    if not total.requires_grad:
+        raise ModelError("the model's output has no gradient; its forward pass must not run under torch.no_grad().")
     grads = torch.autograd.grad(total, list(params.values()), allow_unused=True)
     return [name for name, g in zip(params, grads, strict=True) if g is None]

@@ -34,7 +34,7 @@ class NormMatched(Counter):
     name="clip",
     paper="Kim and Park 2024, masking, clipping, pruning and noising against gradient leakage",
     arxiv="2408.08430",
-    known_breaks=("a cosine objective and every label rule ignore the scale of the update; so does norm matching",),
+    known_breaks=("cosine objectives, norm matching and the label rules idlg and bias_corrected ignore the scale",),
 )
 @dataclass(frozen=True)
 class Clip(Defense):

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import platform
 import time
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
 
-from keyhole.core.trial import Outcome
-from keyhole.experiment.plan import Group, choose, plan, plan_tuning
+from keyhole.experiment.plan import Chosen, Group, build_defense, choose, plan, plan_tuning
 from keyhole.experiment.setup import Setup, find_device, prepare
-from keyhole.experiment.spec import Experiment
+from keyhole.experiment.spec import AttackEntry, Experiment
 from keyhole.experiment.store import SECRETS, Store
 from keyhole.experiment.work import available_cores, run_groups
 from keyhole.solve.drive import Paused
@@ -91,16 +91,18 @@ def audit(
 
         try:
             run_stage("tuning", plan_tuning(experiment, setup))
-            groups = plan(experiment, setup, choose(experiment, store.outcomes().values()))
+            chosen = choose(experiment, store.outcomes().values())
+            groups = plan(experiment, setup, chosen)
             # Written before the attacks, so that a report can be made of whatever an interruption leaves.
-            store.write_text(SETTING, json.dumps(describe(experiment, setup, groups, store.outcomes()), indent=1))
+            store.write_text(SETTING, json.dumps(describe(experiment, setup, groups, chosen), indent=1))
             run_stage("attacking", groups)
         except Paused:
             return False
+        store.tidy()
     return True
 
 
-def describe(experiment: Experiment, setup: Setup, groups: list[Group], outcomes: dict[str, Outcome]) -> dict[str, Any]:
+def describe(experiment: Experiment, setup: Setup, groups: list[Group], chosen: Chosen) -> dict[str, Any]:
     """What the report says of the experiment, as a plain dictionary: the fields of `keyhole.report.Setting`."""
     state = setup.states[experiment.run.seeds[0]].split("#")[0]
     return {
@@ -110,16 +112,15 @@ def describe(experiment: Experiment, setup: Setup, groups: list[Group], outcomes
         "threat": threat_in_words(experiment),
         "assumptions": assumptions_in_words(experiment, setup),
         "planned": [trial.hash for group in groups for trial in (*group.trials, *group.others)],
-        "budget": budget_in_words(experiment, outcomes),
+        "budget": budget_in_words(experiment, setup, chosen),
         "versions": versions(),
         "classes": setup.task.num_classes,
     }
 
 
 def _keep_secrets(experiment: Experiment, setup: Setup, store: Store) -> None:
-    if not (store.reconstructions / f"{SECRETS}.safetensors").exists():
-        rows = range(experiment.run.samples)
-        store.keep_images(SECRETS, {str(row): setup.data.target.images[row].float().contiguous() for row in rows})
+    rows = range(experiment.run.samples)
+    store.keep_images(SECRETS, {str(row): setup.data.target.images[row].float().contiguous() for row in rows})
 
 
 def threat_in_words(experiment: Experiment) -> str:
@@ -129,6 +130,10 @@ def threat_in_words(experiment: Experiment) -> str:
     return f"gradient of one batch, batch size {experiment.client.batch_size}; sees {sees}; labels {labels}"
 
 
+_LABELS = {
+    "given": "The attacker is told the labels.",
+    "random": "The attacker guesses the labels at random.",
+}
 _FIELDS = {
     "weights": "the global weights",
     "update": "one client's own update",
@@ -143,19 +148,15 @@ def assumptions_in_words(experiment: Experiment, setup: Setup) -> tuple[str, ...
     sees = set(experiment.attacker.sees)
     images = "one image" if size == 1 else f"{size} images together"
     rules = sorted({str(e.spec.asdict()["labels"]) for e in experiment.attacks if "labels" in e.spec.asdict()})
-    told = (
-        "The attacker is told the labels."
-        if "given" in rules
-        else (f"The attacker is not told the labels; it recovers them from the update (rule: {', '.join(rules)}).")
-    )
+    told = " ".join(_LABELS.get(rule, f"It recovers the labels from the update (rule: {rule}).") for rule in rules)
     sentences = [
         f"Each client sends the gradient of {images}, once.",
         "The attacker is an honest-but-curious server: it follows the protocol and sees "
         + " and ".join(words for field, words in _FIELDS.items() if field in sees)
         + "; it knows the model's architecture, the loss, the batch size and how images are normalised.",
-        told,
+        *([told] if told else []),
         "An adaptive attacker also knows which defense is used and its settings, but never its random numbers.",
-        f"The networks are {setup.states[experiment.run.seeds[0]].split('#')[0]}; untrained ones usually leak most.",
+        f"The networks are {setup.states[experiment.run.seeds[0]].split('#')[0]}.",
         f"The attacker and the defender have {len(setup.data.public)} public images of the same kind; "
         f"{len(setup.data.tune)} further images serve only for tuning.",
     ]
@@ -164,41 +165,40 @@ def assumptions_in_words(experiment: Experiment, setup: Setup) -> tuple[str, ...
     return tuple(sentences)
 
 
-def budget_in_words(experiment: Experiment, outcomes: dict[str, Outcome]) -> tuple[str, ...]:
-    """How much every attacker was allowed, as sentences."""
+def budget_in_words(experiment: Experiment, setup: Setup, chosen: Chosen) -> tuple[str, ...]:
+    """How much every attacker was allowed and what was tuned, as sentences."""
     sentences = []
-    for entry in experiment.attacks:
+    for index, entry in enumerate(experiment.attacks):
         options = entry.spec.asdict()
         sentences.append(
             f"{entry.spec.name}: at most {options.get('steps', 1)} evaluations of the objective in a start, "
-            f"{options.get('restarts', 1)} start(s); the same for every defense and attacker."
+            f"{options.get('restarts', 1)} start(s), for every defense and attacker alike"
+            + (", but for what is tuned." if {"steps", "restarts"} & entry.tune.keys() else ".")
         )
         if entry.tune:
-            grid = "; ".join(f"{name} from {values}" for name, values in entry.tune.items())
-            tried = sum(o.trial.pool == "tune" and o.trial.attack.name == entry.spec.name for o in outcomes.values())
-            sentences.append(
-                f"{entry.spec.name}: {grid}, chosen by mean SSIM on the tune pool ({tried} trials), "
-                "separately for every defense and counter."
-            )
-            sentences += _tuned_values(experiment, outcomes, experiment.attacks.index(entry))
+            sentences.append(_grid_in_words(entry, len(setup.data.tune)))
+            sentences += _tuned_in_words(experiment, index, chosen)
     if experiment.run.budget:
         sentences.append(f"No trial made more than {experiment.run.budget} evaluations in all.")
     return tuple(sentences)
 
 
-def _tuned_values(experiment: Experiment, outcomes: dict[str, Outcome], index: int) -> list[str]:
-    chosen = choose(experiment, outcomes.values())
-    names = list(experiment.attacks[index].tune)
-    seen: dict[str, str] = {}
-    for outcome in outcomes.values():
-        trial = outcome.trial
-        if trial.pool == "target" and trial.attack.name == experiment.attacks[index].spec.name:
-            kind = trial.attacker.partition(":")[0]
-            if kind in ("naive", "adaptive"):
-                spec = chosen(trial.defense, index, trial.attacker).asdict()
-                cell = " -> ".join(str(s) for s in trial.defense) or "none"
-                seen[f"{cell}, {trial.attacker}"] = ", ".join(f"{n}={spec[n]}" for n in names)
-    return [f"Tuned for {where}: {what}." for where, what in sorted(seen.items())]
+def _grid_in_words(entry: AttackEntry, images: int) -> str:
+    grid = "; ".join(f"{name} from {', '.join(map(str, values))}" for name, values in entry.tune.items())
+    return (
+        f"{entry.spec.name}: {grid}, chosen by mean SSIM on the {images} images of the tune pool, separately for every "
+        "defense and counter."
+    )
+
+
+def _tuned_in_words(experiment: Experiment, index: int, chosen: Chosen) -> Iterator[str]:
+    for specs in experiment.defenses:
+        defense = build_defense(specs)
+        cell = " -> ".join(str(spec) for spec in specs) or "no defense"
+        for attacker in ("naive", *(f"adaptive:{counter.name}" for counter in defense.counters())):
+            options = chosen(specs, index, attacker).asdict()
+            values = ", ".join(f"{name}={options[name]}" for name in experiment.attacks[index].tune)
+            yield f"Tuned for {cell}, {attacker}: {values}."
 
 
 def versions() -> dict[str, str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -71,7 +72,12 @@ def plan_tuning(experiment: Experiment, setup: Setup) -> list[Group]:
         for attacker in _tuned_attackers(specs) if entry.tune else ():
             for spec in _grid(entry):
                 groups += _groups(experiment, setup, spec, specs, attacker, experiment.run.seeds[0], "tune")
-    return groups
+    return _once(groups)
+
+
+def _once(groups: list[Group]) -> list[Group]:
+    """Each group once: two entries may name, or be tuned to, the same trials."""
+    return list({group.hash: group for group in groups}.values())
 
 
 def choose(experiment: Experiment, outcomes: Iterable[Outcome]) -> Chosen:
@@ -104,7 +110,7 @@ def plan(experiment: Experiment, setup: Setup, chosen: Chosen) -> list[Group]:
             groups += _cell(experiment, setup, specs, index, seed, chosen)
             if not specs and index == 0:
                 groups += _groups(experiment, setup, entry.spec, (), "control:class_mean", seed)
-    return groups
+    return _once(groups)
 
 
 def _cell(
@@ -130,8 +136,9 @@ def _for_check(spec: Spec) -> Spec:
 
 
 def _tuned_attackers(specs: tuple[Spec, ...]) -> list[str]:
-    counters = build_defense(specs).counters()
-    return [f"adaptive:{counter.name}" for counter in counters] if counters else ["naive"]
+    if not specs:
+        return ["naive"]
+    return [f"adaptive:{counter.name}" for counter in build_defense(specs).counters()]
 
 
 def _grid(entry: AttackEntry) -> list[Spec]:
@@ -144,7 +151,10 @@ def _grid(entry: AttackEntry) -> list[Spec]:
 
 def group_size(experiment: Experiment, setup: Setup) -> int:
     """Trials lifted together. Fixed by the experiment and the kind of device, never by free memory."""
-    return experiment.run.group or (256 if setup.device.type == "cuda" else 64)
+    unknowns = experiment.client.batch_size * math.prod(setup.data.image_shape)
+    # Large images get smaller groups: L-BFGS keeps 200 vectors of each trial.
+    fitting = max(1, 2**30 // (200 * 4 * unknowns))
+    return experiment.run.group or min(fitting, 256 if setup.device.type == "cuda" else 64)
 
 
 def _groups(
@@ -176,13 +186,15 @@ def _groups(
             episode=episode,
             batch_size=size,
             seed=seed,
-            dtype=experiment.run.dtype,
+            dtype=experiment.run.dtype + ("" if setup.device.type == "cpu" else f" on {setup.device.type}"),
             pool=pool,
             limit=experiment.run.budget,
         )
 
-    width = max(1, group_size(experiment, setup))
+    width = group_size(experiment, setup)
     chunks = [episodes[i : i + width] for i in range(0, len(episodes), width)]
+    if others and len(chunks) > 1 and len(chunks[-1]) == 1:
+        chunks[-2:] = [chunks[-2] + chunks[-1]]  # a lone trial would have no neighbour to be its control
     return [
         Group(
             tuple(trial(attacker, e) for e in chunk),

@@ -20,7 +20,7 @@ from keyhole.core.tensors import flatten
 from keyhole.core.threat import ThreatModel, observe
 from keyhole.core.trial import Outcome, Status, Trial
 from keyhole.core.types import Batch, Observation, Weights
-from keyhole.errors import Refused
+from keyhole.errors import KeyholeError, Refused, cause
 from keyhole.experiment.controls import class_mean, neighbours, noise_update
 from keyhole.experiment.plan import Group, base_attacker, build_defense, find_counter
 from keyhole.experiment.setup import Setup
@@ -65,11 +65,16 @@ def run_group(group: Group, setup: Setup, watch: Watch | None = None) -> GroupRe
     began = time.perf_counter()
     try:
         answers = _answers(group, setup, watch or Watch())
-    except Paused:
+    except (Paused, KeyboardInterrupt):
         raise
+    except (MemoryError, OSError, torch.OutOfMemoryError) as error:
+        # The machine's fault, not the attack's: nothing is stored, so that the same command can try again.
+        raise KeyholeError(f"{cause(error)}; free some room, or use a smaller run.group, and run again.") from error
     except Refused as error:
         return _without_result(group, "refused", str(error), began)
-    except Exception:
+    except Exception as error:
+        if "allocate memory" in str(error):  # torch's CPU allocator raises a plain RuntimeError
+            raise KeyholeError(f"{cause(error)}; use a smaller run.group, and run again.") from error
         return _without_result(group, "failed", traceback.format_exc(limit=8), began)
     seconds = (time.perf_counter() - began) / len(group.trials)
     result = GroupResult([])
@@ -126,7 +131,7 @@ def _answers(group: Group, setup: Setup, watch: Watch) -> list[Answer]:
             status=one.status,
             evaluations=one.evaluations,
             history=one.history,
-            facts=fact,
+            facts={**fact, "truth_loss": float(one.reconstruction.score)} if is_check else fact,
             detail="" if math.isfinite(fact.get("update_norm", 0.0)) else "the update holds values that are not finite",
         )
         for one, fact in zip(solved, facts, strict=True)

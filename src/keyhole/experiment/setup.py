@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from keyhole.core.registry import MODELS
+from keyhole.core.keys import new_key, uniform
+from keyhole.core.registry import LABELS, MODELS
 from keyhole.core.task import Bounds, Task, weights_of
 from keyhole.core.types import Weights
-from keyhole.errors import ConfigError
+from keyhole.errors import ConfigError, DataError
 from keyhole.experiment.spec import Experiment
 from keyhole.zoo.datasets import Data, Pool, load_data
 from keyhole.zoo.models import build_model, load_state
+
+ENGINE_VERSION = 1
+"""Raise it when the same trial would give another outcome because of the engine, the controls or the metrics."""
+
+SMALLEST = 7
+"""Pixels of a side that SSIM's window needs."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,9 +51,10 @@ class Setup:
         """A pool's pixels on the device, (n, c, h, w) in [0, 1]."""
         return pool.images.to(self.device, self.dtype)
 
-    def public_inputs(self) -> Tensor:
-        """The public images in the model's input space, (n, c, h, w)."""
-        return self.task.bounds.from_pixels(self.images(self.data.public))
+    @property
+    def fingerprint(self) -> str:
+        """Equal in two processes if and only if they attack the same problem."""
+        return repr((self.source, self.normalisation, sorted(self.states.items())))
 
 
 def find_device(name: str) -> torch.device:
@@ -54,6 +63,12 @@ def find_device(name: str) -> torch.device:
         raise ConfigError(f"unknown device '{name}'; accepted: cpu, cuda.")
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device 'cuda' is not available here; use --device cpu, or install a CUDA build of torch.")
+    if name == "cuda":
+        # Matching goes to relative errors of 1e-7, which TF32 cannot reach; and equal trials must come out equal.
+        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cudnn.deterministic = True
+        torch.backends.cudnn.benchmark = False
     return torch.device(name)
 
 
@@ -68,7 +83,12 @@ def prepare(experiment: Experiment, device: torch.device) -> Setup:
         mean=None if section.mean is None else tuple(section.mean),
         std=None if section.std is None else tuple(section.std),
     )
-    channels = data.target.images.shape[1]
+    if min(data.image_shape[1:]) < SMALLEST:
+        raise DataError(
+            f"images of '{section.name}' are {data.image_shape[1]}x{data.image_shape[2]} pixels; similarity needs "
+            f"windows of {SMALLEST}x{SMALLEST}, so set data.size to {SMALLEST} or more."
+        )
+    channels = data.image_shape[0]
     normalize = experiment.model.normalize
     if normalize is None:
         name = experiment.model.name
@@ -97,8 +117,32 @@ def prepare(experiment: Experiment, device: torch.device) -> Setup:
         own = weights_of(model, dtype)
         weights[seed] = Weights(*({n: t.to(device) for n, t in part.items()} for part in own))
         states[seed] = f"{_state_name(experiment)}#{_digest(own)}"
-    # The same pixels under another normalisation or mode are another problem, so these enter the trial's name.
-    how = repr((mean, std, experiment.model.batchnorm, experiment.model.dropout))
+    for (one, a), (two, b) in itertools.combinations(states.items(), 2):
+        if a == b:
+            raise ConfigError(
+                f"run.seeds {one} and {two} give the same network, so they are not two; give one seed"
+                + (
+                    ", as state.train names one file of weights."
+                    if experiment.state.train != "none"
+                    else ", or a model whose weights depend on torch's random state."
+                )
+            )
+    # The same pixels under another normalisation, mode or forward pass are another problem, and so they are under other
+    # versions of what is not named in the trial: all this enters the trial's name.
+    probe = uniform(new_key(0), (2, *shape), dtype)
+    logits = tasks[0].logits(weights_of(tasks[0].model, dtype), tasks[0].bounds.from_pixels(probe))
+    rules = sorted({str(entry.spec.asdict().get("labels")) for entry in experiment.attacks} & {c.name for c in LABELS})
+    how = repr(
+        (
+            mean,
+            std,
+            experiment.model.batchnorm,
+            experiment.model.dropout,
+            [f"{value:.3g}" for value in logits.flatten().tolist()],
+            [(name, LABELS.card(name).version) for name in rules],
+            ENGINE_VERSION,
+        )
+    )
     normalisation = hashlib.sha256(how.encode()).hexdigest()[:8]
     source = f"{section.name}#{data.digest}"
     return Setup(data, tasks[0].to(device), weights, source, states, normalisation, dtype, device)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import re
 import tomllib
 from collections.abc import Sequence
 from importlib import resources
@@ -212,14 +213,19 @@ def parse_experiment(raw: dict[str, Any], title: str = "audit") -> Experiment:
                 chains.append(chain)
     run, client, data = sections["run"], sections["client"], sections["data"]
     _check_sizes(run, client, data)
-    if sections["state"].train != "none" and len(run.seeds) > 1:
+    _check_title(raw.get("title", title))
+    if any(entry.tune for entry in attacks) and data.tune < client.batch_size:
         raise ConfigError(
-            f"state.train names one file of weights, so all {len(run.seeds)} networks of run.seeds would be the same; "
-            "give one seed."
+            f"an attack has options to tune, but data.tune is {data.tune}, less than client.batch_size "
+            f"{client.batch_size}; raise data.tune."
         )
-    if not isinstance(raw.get("title", title), str):
-        raise ConfigError("title must be a string.")
     return Experiment(title=raw.get("title", title), attacks=attacks, defenses=tuple(chains), **sections)
+
+
+def _check_title(title: Any) -> None:
+    """The title names the default output folder, so it must not lead out of it."""
+    if not isinstance(title, str) or not re.fullmatch(r"\w[\w .-]*", title):
+        raise ConfigError(f"title is {title!r}; use letters, digits, spaces, dots, dashes and underscores.")
 
 
 def _check_sizes(run: RunSection, client: ClientSection, data: DataSection) -> None:
@@ -350,12 +356,15 @@ def _chains(raw: dict[str, Any], where: str) -> list[tuple[Spec, ...]]:
     links = raw.get("chain", [])
     if not isinstance(links, list) or not all(isinstance(link, dict) for link in links):
         raise ConfigError(f'{where} chain must be a list of tables, such as chain = [{{ name = "clip" }}].')
-    return list(itertools.product(*([_method(DEFENSES, one, where) for one in _cells(link)] for link in links)))
+    return list(itertools.product(*([_method(DEFENSES, one, where) for one in _cells(link, where)] for link in links)))
 
 
-def _cells(link: dict[str, Any]) -> list[dict[str, Any]]:
+def _cells(link: dict[str, Any], where: str) -> list[dict[str, Any]]:
     """A list means one cell for each value."""
     choices = [value if isinstance(value, list) else [value] for value in link.values()]
+    for option, values in zip(link, choices, strict=True):
+        if not values:
+            raise ConfigError(f"{where} gives '{option}' an empty list; a list means one cell for each value.")
     return [dict(zip(link, values, strict=True)) for values in itertools.product(*choices)]
 
 

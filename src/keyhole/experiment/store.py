@@ -18,7 +18,7 @@ from torch import Tensor
 
 from keyhole.core.trial import Outcome
 from keyhole.errors import StoreError
-from keyhole.experiment.spec import Experiment, load_experiment
+from keyhole.experiment.spec import Experiment
 
 SECRETS = "secrets"
 
@@ -76,7 +76,7 @@ class Store:
         """Make the folder this experiment's, or check that it is. Raises `StoreError` for another experiment's."""
         wanted = experiment.to_toml()
         if self.config.exists():
-            if self.config.read_text() != wanted:
+            if not self.config.is_file() or self.config.read_text() != wanted:
                 raise StoreError(
                     f"'{self.folder}' holds another experiment (its config.toml differs); choose another --out "
                     "or remove the folder."
@@ -88,21 +88,19 @@ class Store:
         for folder in (self.reconstructions, self.checkpoints):
             folder.mkdir(mode=0o700, exist_ok=True)
 
-    def experiment(self) -> Experiment:
-        """The experiment whose folder this is."""
-        if not self.config.exists():
-            raise StoreError(f"'{self.folder}' holds no audit: there is no config.toml in it.")
-        return load_experiment(str(self.config))
+    def tidy(self) -> None:
+        """Remove what an unfinished run leaves: checkpoints and partial files may show what was recovered."""
+        for leftover in (*self.checkpoints.iterdir(), *self.folder.rglob("*.partial")):
+            leftover.unlink(missing_ok=True)
 
     def outcomes(self) -> dict[str, Outcome]:
-        """All stored outcomes by trial hash. Cuts a half-written last line off, with a warning."""
+        """All stored outcomes by trial hash. A half-written last line is left out, with a warning."""
         if not self.lines.exists():
             return {}
         data = self.lines.read_bytes()
         whole = data.rfind(b"\n") + 1
         if whole < len(data):
             warnings.warn(f"{self.lines}: the last line was cut off; its trial is done again.", stacklevel=2)
-            os.truncate(self.lines, whole)
         found: dict[str, Outcome] = {}
         for number, line in enumerate(data[:whole].decode(errors="replace").splitlines(), 1):
             try:
@@ -116,7 +114,12 @@ class Store:
         return found
 
     def append(self, outcomes: Iterable[Outcome]) -> None:
-        """Add outcomes, on disk when this returns."""
+        """Add outcomes, on disk when this returns. Only for whoever holds the folder."""
+        if self.lines.exists():
+            stored = self.lines.read_bytes()
+            whole = stored.rfind(b"\n") + 1
+            if whole < len(stored):  # what an interrupted run left of a line
+                os.truncate(self.lines, whole)
         data = "".join(outcome.to_json() + "\n" for outcome in outcomes).encode()
         handle = os.open(self.lines, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         with os.fdopen(handle, "ab") as file:
@@ -143,7 +146,7 @@ class Store:
             except SafetensorError as error:
                 raise StoreError(f"'{path}' is damaged ({error}); remove it to do without its pictures.") from error
             if path.stem == SECRETS:
-                secrets = {int(row): image for row, image in tensors.items()}
+                secrets = {int(row): image for row, image in tensors.items() if row.isdigit()}
             else:
                 found.update(tensors)
         return found, secrets

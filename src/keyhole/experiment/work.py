@@ -19,7 +19,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -75,11 +75,12 @@ def run_groups(
                     raise Paused
                 yield group, run_group(group, setup, watch)
         return
-    yield from _in_processes(experiment, groups, checkpoints, jobs, deadline, report)
+    yield from _in_processes(experiment, setup.fingerprint, groups, checkpoints, jobs, deadline, report)
 
 
 def _in_processes(
     experiment: Experiment,
+    fingerprint: str,
     groups: list[Group],
     checkpoints: Path,
     jobs: int,
@@ -90,7 +91,7 @@ def _in_processes(
     news: Any = spawn.Queue()
     by_hash = {group.hash: group for group in groups}
     pool = ProcessPoolExecutor(
-        min(jobs, len(groups)), spawn, _start_worker, (experiment, str(checkpoints), deadline, news)
+        min(jobs, len(groups)), spawn, _start_worker, (experiment, fingerprint, str(checkpoints), deadline, news)
     )
     try:
         running: dict[Future[GroupResult], Group] = {pool.submit(_work, group): group for group in groups}
@@ -133,15 +134,30 @@ def _drain(news: Any) -> Iterator[tuple[str, float]]:
 _worker: dict[str, Any] = {}
 
 
-def _start_worker(experiment: Experiment, checkpoints: str, deadline: float | None, news: Any) -> None:
-    """Load what all trials share, once in each worker."""
+def _start_worker(
+    experiment: Experiment, fingerprint: str, checkpoints: str, deadline: float | None, news: Any
+) -> None:
+    """Keep what the work needs; loading waits for the first group, whose future can carry an error to the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     threading.Thread(target=_die_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     keep_freed_memory()
     _worker.update(
-        setup=prepare(experiment, torch.device("cpu")), checkpoints=Path(checkpoints), deadline=deadline, news=news
+        experiment=experiment, fingerprint=fingerprint, checkpoints=Path(checkpoints), deadline=deadline, news=news
     )
+
+
+def _setup() -> Setup:
+    """What all trials share, loaded once in each worker and held against what the parent planned with."""
+    if "setup" not in _worker:
+        setup = prepare(_worker["experiment"], torch.device("cpu"))
+        if setup.fingerprint != _worker["fingerprint"]:
+            raise KeyholeError(
+                "a worker loaded other data or weights than the main process: the data changed meanwhile, or the model "
+                "draws its weights from something other than torch's random state; fix that, or use --jobs 1."
+            )
+        _worker["setup"] = setup
+    return cast(Setup, _worker["setup"])
 
 
 def _die_with_parent() -> None:
@@ -165,7 +181,7 @@ def _work(group: Group) -> GroupResult:
     watch = Watch(
         checkpoint=_checkpoint(_worker["checkpoints"], group), progress=progress, paused=lambda: _passed(deadline)
     )
-    return run_group(group, _worker["setup"], watch)
+    return run_group(group, _setup(), watch)
 
 
 def _checkpoint(folder: Path, group: Group) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,12 +30,17 @@ def save_checkpoint(path: Path, tensors: Sequence[Tensor], account: str) -> None
 
 def load_checkpoint(path: Path, device: torch.device) -> tuple[list[Tensor], str] | None:
     """What `save_checkpoint` wrote, or `None` where there is nothing (a group then begins anew)."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     if not path.exists():
         return None
-    with safe_open(str(path), framework="pt") as file:
-        account = (file.metadata() or {}).get(_ACCOUNT, "")
-        # Cloned, so that the tensors lie in memory as freshly computed ones do.
-        tensors = [file.get_tensor(name).clone().to(device) for name in sorted(file.keys())]
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            account = (file.metadata() or {}).get(_ACCOUNT, "")
+            # Cloned, so that the tensors lie in memory as freshly computed ones do.
+            tensors = [file.get_tensor(name).clone().to(device) for name in sorted(file.keys())]
+    except SafetensorError as error:
+        warnings.warn(f"{path} is damaged ({error}); its group begins anew.", stacklevel=2)
+        path.unlink()
+        return None
     return tensors, account

@@ -21,7 +21,10 @@ def decode_cell(cell: Any, folder: Path, where: str) -> Tensor:
     if isinstance(raw, bytes):
         return decode(io.BytesIO(raw), where)
     if raw is None and isinstance(path, str):
-        return decode(folder / path, where)
+        file = (folder / path).resolve()
+        if not file.is_relative_to(folder.resolve()):
+            raise DataError(f"{where} points to '{path}', outside its own folder; such files are not read.")
+        return decode(file, where)
     raise DataError(f"{where} is not an image; encoded files (PNG, JPEG, ...) are needed, in bytes.")
 
 
