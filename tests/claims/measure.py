@@ -16,6 +16,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from keyhole.experiment.store import Store
+from keyhole.report.intervals import spread
+
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 PAGE = ROOT / "docs" / "claims.md"
@@ -34,23 +39,23 @@ def is_met(card: dict[str, Any]) -> bool | None:
     return claimed.get("at_least", float("-inf")) <= measured <= claimed.get("at_most", float("inf"))
 
 
-def rows_of(audit_name: str, folder: Path | None, overrides: list[str]) -> list[dict[str, Any]]:
-    """Run an audit, or take the finished one in ``folder``, and return the rows of its report."""
+def rows_of(audit_name: str, folder: Path | None) -> tuple[list[dict[str, Any]], Path]:
+    """Run an audit, or take the finished one in ``folder``; the rows of its report, and where they are."""
     source = str(HERE / audit_name) if audit_name.endswith(".toml") else audit_name
     command = [sys.executable, "-c", "from keyhole.cli import main; main()"]
     if folder is None:
         folder = ROOT / "audits" / "claims" / audit_name.removesuffix(".toml")
-        arguments = ["audit", source, "--out", str(folder), *(f"--set={o}" for o in overrides)]
+        arguments = ["audit", source, "--out", str(folder)]
     else:
         arguments = ["report", str(folder)]
     subprocess.run([*command, *arguments], check=True)
     report = json.loads((folder / "report.json").read_text())
     if not report["complete"]:
         raise SystemExit(f"the audit in {folder} is not complete; run it to the end first")
-    return list(report["rows"])
+    return list(report["rows"]), folder
 
 
-def measure_rows(how: dict[str, Any], rows: list[dict[str, Any]]) -> tuple[float, list[float] | None]:
+def measure_rows(how: dict[str, Any], rows: list[dict[str, Any]], folder: Path) -> tuple[float, list[float] | None]:
     """A number and its interval from a report's rows."""
     own = [r for r in rows if r["defense"] == how.get("defense", r["defense"])]
     if how["kind"] == "row":
@@ -62,11 +67,28 @@ def measure_rows(how: dict[str, Any], rows: list[dict[str, Any]]) -> tuple[float
         worst = max(controls, key=lambda r: r[how["value"]]["value"])[how["value"]]
         return worst["value"], [worst["low"], worst["high"]]
     if how["kind"] == "median_over_best_control":
-        (row,) = [r for r in own if r["attacker"] == how["attacker"]]
-        best = max(r[how["value"]]["median"] for r in controls)
-        cell = row[how["value"]]
-        return cell["median"] - best, [cell["low"] - best, cell["high"] - best]
+        return paired_with_best_control(how, folder)
     raise SystemExit(f"unknown kind of measurement '{how['kind']}'")
+
+
+def paired_with_best_control(how: dict[str, Any], folder: Path) -> tuple[float, list[float]]:
+    """Median over images of an attack's metric less the best control's for that image, with a bootstrap interval."""
+    attack: dict[tuple[int, int], float] = {}
+    control: dict[tuple[int, int], float] = {}
+    for outcome in Store(folder).outcomes().values():
+        trial = outcome.trial
+        if trial.pool != "target" or trial.defense:
+            continue
+        for row, value in zip(trial.episode, outcome.metrics[how["value"]], strict=True):
+            key = (trial.seed, row)
+            if trial.attacker == how["attacker"]:
+                attack[key] = value
+            elif trial.attacker.startswith("control:"):
+                control[key] = max(value, control.get(key, float("-inf")))
+    seeds, images = sorted({seed for seed, _ in attack}), sorted({row for _, row in attack})
+    differences = np.array([[attack[s, r] - control[s, r] for r in images] for s in seeds])
+    found = spread(differences)
+    return found.median, [found.low, found.high]
 
 
 def run_benchmark() -> dict[str, Any]:
@@ -122,7 +144,7 @@ def main() -> None:
     everything = cards()
     if not chosen.render:
         folders = dict(pair.split("=", 1) for pair in chosen.folders)
-        reports: dict[str, list[dict[str, Any]]] = {}
+        reports: dict[str, tuple[list[dict[str, Any]], Path]] = {}
         figures: dict[str, Any] | None = None
         for name, card in everything.items():
             if chosen.only and name not in chosen.only:
@@ -134,8 +156,8 @@ def main() -> None:
             else:
                 audit = how["audit"]
                 if audit not in reports:
-                    reports[audit] = rows_of(audit, Path(folders[audit]) if audit in folders else None, [])
-                card["measured"], card["interval"] = measure_rows(how, reports[audit])
+                    reports[audit] = rows_of(audit, Path(folders[audit]) if audit in folders else None)
+                card["measured"], card["interval"] = measure_rows(how, *reports[audit])
             card["date"] = datetime.date.today().isoformat()
             (HERE / f"{name}.json").write_text(json.dumps(card, indent=2) + "\n")
             print(f"{name}: {card['measured']:.4g}, met: {is_met(card)}")

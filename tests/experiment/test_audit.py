@@ -128,6 +128,17 @@ def test_half_written_line_is_dropped_with_a_warning(whole: Path, tmp_path: Path
     assert sorted(line["hash"] for line in lines(tmp_path)) == sorted(line["hash"] for line in lines(whole))
 
 
+def test_reading_leaves_a_half_written_line_to_its_writer(tmp_path: Path) -> None:
+    """`keyhole report` may look while an audit is in the middle of a line."""
+    assert audit(load_experiment("quick", SMALL), tmp_path, jobs=1)
+    path = tmp_path / "outcomes.jsonl"
+    path.write_bytes(path.read_bytes()[:-40])
+    before = path.read_bytes()
+    with pytest.warns(UserWarning, match="cut off"):
+        Store(tmp_path).outcomes()
+    assert path.read_bytes() == before
+
+
 def test_changed_line_is_an_error(tmp_path: Path) -> None:
     experiment = load_experiment("quick", SMALL)
     assert audit(experiment, tmp_path, jobs=1)

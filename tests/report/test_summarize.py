@@ -378,7 +378,24 @@ class TestVerdict:
 
     def test_one_defense_without_scores(self) -> None:
         text = report_of([outcome([0.9] * 4), outcome([], defense=(MASK,), status="refused")]).verdict
-        assert text.endswith("; the one defense tried could not be scored (random_masking(rate=0.5)).")
+        assert "; the one defense tried could not be scored (random_masking(rate=0.5))" in text
+        assert text.endswith("; 1 of 2 attack trials diverged, failed or were refused.")
+
+    def test_a_failed_self_test_is_said(self) -> None:
+        stays = outcome([1.0], attacker="check:truth")
+        leaves = outcome([0.5], attacker="check:truth", episode=(9,))
+        loses = dataclasses.replace(outcome([1.0], attacker="check:truth", episode=(8,)), facts={"truth_loss": 0.01})
+        assert "self-test" not in report_of([outcome([0.9]), stays]).verdict
+        text = report_of([outcome([0.9]), stays, leaves, loses]).verdict
+        assert "the self-test that starts at the truth failed in 2 of 3 trials" in text
+
+    def test_below_the_threshold_is_not_nothing(self) -> None:
+        """No leak, but far above the controls: a rate of zero alone would mislead."""
+        control = outcome([0.1] * 8, attacker="control:prior_only")
+        report = report_of([outcome([0.6] * 8), control])
+        assert "recovered 0 of 8 images" in report.verdict
+        assert "yet with SSIM 0.50 above the best control" in report.verdict
+        assert "yet" not in report_of([outcome([0.12] * 8), control]).verdict
 
     def test_nothing_to_stop(self) -> None:
         assert "says little about the defenses" in report_of([outcome([0.1]), outcome([0.1], defense=(MASK,))]).verdict

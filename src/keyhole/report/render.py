@@ -17,7 +17,7 @@ from keyhole.errors import KeyholeError
 from keyhole.report.groups import LEAK_MARGIN, LEAK_SSIM, Group, collect, is_attack
 from keyhole.report.intervals import Estimate, Spread
 from keyhole.report.summarize import NEAR_MSE, NEAR_SSIM, Comparison, Report, Row, Setting
-from keyhole.report.verdict import FELL_FROM, NOT_BROKEN_UP_TO, by_defense, level, percent, worst_row
+from keyhole.report.verdict import FELL_FROM, NOT_BROKEN_UP_TO, beyond_controls, by_defense, level, percent, worst_row
 
 if TYPE_CHECKING:
     import numpy as np
@@ -296,6 +296,12 @@ def _meaning(report: Report) -> list[str]:
             said.append("Assume that whoever receives an undefended update can see the private images behind it.")
         elif share > NOT_BROKEN_UP_TO:
             said.append("Whoever receives an undefended update can see some of the private images behind it.")
+        elif beyond_controls(undefended):
+            said.append(
+                "Reconstructions from undefended updates stay below the leak threshold, but resemble the private "
+                "images more than any guess without the update does: look at the pictures. A stronger attack may "
+                "recover them."
+            )
         else:
             said.append("The attacks tried found next to nothing in undefended updates; a stronger attack still might.")
     found = {level(rows) for rows in defenses.values()}

@@ -6,13 +6,19 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from keyhole.report.groups import Group
+from keyhole.report.groups import Group, is_attack
 
 if TYPE_CHECKING:
     from keyhole.report.summarize import Row
 
 NOT_BROKEN_UP_TO = 0.05
 FELL_FROM = 0.5
+CLEARLY_BEYOND = 0.1
+"""Lower end of the interval of the mean SSIM above the best control from which the verdict mentions it."""
+TRUTH_STAYS = 0.95
+"""SSIM that the self-test must keep."""
+TRUTH_LOSS = 1e-5
+"""Matching loss that the self-test may end with, above rounding errors of float32."""
 
 WORDS = {
     "fell to naive": "fell even to an attacker who does not know {them}",
@@ -69,7 +75,35 @@ def verdict(rows: Sequence[Row], groups: Sequence[Group], done: int, planned: in
         parts.append(_defended(defenses))
         if undefended and undefended.leak_rate.value <= NOT_BROKEN_UP_TO:
             parts.append("as there was next to nothing to stop, this says little about the defenses")
+    parts += trouble(groups)
     return prefix + "; ".join(parts) + "."
+
+
+def beyond_controls(row: Row) -> bool:
+    """Whether guesses resemble the secrets clearly more than controls do, leak or no leak."""
+    return row.lift.low >= CLEARLY_BEYOND
+
+
+def trouble(groups: Sequence[Group]) -> list[str]:
+    """What would make the rest of the verdict misleading: attacks that did not run well, a self-test that failed."""
+    said = []
+    attacked = [o for group in groups if is_attack(group.attacker) for o in group.outcomes]
+    broken = sum(o.status in ("diverged", "failed", "refused") for o in attacked)
+    if broken:
+        said.append(f"{broken} of {len(attacked)} attack trials diverged, failed or were refused")
+    checks = [o for group in groups if group.attacker == "check:truth" for o in group.outcomes]
+    astray = sum(
+        o.status in ("diverged", "failed", "refused")
+        or min(o.metrics.get("ssim", [0.0])) < TRUTH_STAYS
+        or o.facts.get("truth_loss", 0.0) > TRUTH_LOSS
+        for o in checks
+    )
+    if astray:
+        said.append(
+            f"the self-test that starts at the truth failed in {astray} of {len(checks)} trials, so that this audit "
+            "may be faulty"
+        )
+    return said
 
 
 def _undefended(row: Row | None, groups: Sequence[Group]) -> str:
@@ -84,6 +118,7 @@ def _undefended(row: Row | None, groups: Sequence[Group]) -> str:
         f"Undefended, the attacks tried recovered {row.leaks} of {over} "
         f"({made_of}{percent(rate_.value)} %, 95 % interval {percent(rate_.low)}-{percent(rate_.high)} %) "
         f"from {'one update' if rounds == 1 else f'{rounds} updates in a row'}"
+        + (_beyond(row) if rate_.value <= NOT_BROKEN_UP_TO else "")
     )
 
 
@@ -108,4 +143,13 @@ def _counted(rows: Sequence[Row]) -> str:
         return ""
     # Withstanding only those who do not know the defense is weak evidence; the reader must see that it is all.
     known = any(row.attacker.startswith("adaptive:") and row.n for row in rows)
-    return f": {worst.leaks} of {worst.n}" + ("" if known else ", attackers who do not know it only")
+    most = max((row for row in rows if row.is_attack and row.n), key=lambda row: row.lift.low)
+    beyond = _beyond(most) if worst.leak_rate.value <= NOT_BROKEN_UP_TO else ""
+    return f": {worst.leaks} of {worst.n}" + ("" if known else ", attackers who do not know it only") + beyond
+
+
+def _beyond(row: Row) -> str:
+    """For rates near zero: a threshold may hide that much is visible."""
+    if not beyond_controls(row):
+        return ""
+    return f", yet with SSIM {row.lift.value:.2f} above the best control: below the threshold, but not nothing"
