@@ -32,7 +32,7 @@ def idlg(
     Args:
         steps: most evaluations in one start, at least 1.
         restarts: number of starts; the next begins only when one has not converged.
-        start: where to begin; mid-gray solves in a third of the evaluations that noise needs.
+        start: where to begin; mid-gray needs fewer evaluations than noise.
         tv: weight of the smoothed total variation, at least 0; with a weight above 0 the tolerance is not used.
         tolerance: a start has converged when the objective is at or below this; 1e-7 gives near-exact images.
         history: pairs that L-BFGS remembers.
