@@ -389,6 +389,12 @@ class TestVerdict:
         text = report_of([outcome([0.9]), stays, leaves, loses]).verdict
         assert "the self-test that starts at the truth failed in 2 of 3 trials" in text
 
+    def test_facts_of_the_update_are_medians(self) -> None:
+        found = [outcome([0.9], episode=(i,)) for i in range(3)]
+        facts = ({"update_norm": 1.0, "zeros": 0.5}, {"update_norm": 5.0, "zeros": 0.52}, {"update_norm": math.nan})
+        (row,) = report_of([dataclasses.replace(o, facts=f) for o, f in zip(found, facts, strict=True)]).rows
+        assert (row.update_norm, row.zeros) == (3.0, pytest.approx(0.51))
+
     def test_below_the_threshold_is_not_nothing(self) -> None:
         """No leak, but far above the controls: a rate of zero alone would mislead."""
         control = outcome([0.1] * 8, attacker="control:prior_only")

@@ -426,6 +426,8 @@ def _metrics(report: Report) -> dict[str, Any]:
         "MSE",
         "Labels right",
         "Lift in SSIM",
+        "Update norm",
+        "Zeros in update",
     ]
     identified = any(row.identified for row in report.rows)
     lines = []
@@ -433,7 +435,8 @@ def _metrics(report: Report) -> dict[str, Any]:
         line = [*_names(row), str(row.n), str(row.networks)]
         line += [_rate(row.leak_rate), _rate(row.leak_rate_90), _rate(row.leak_rate_mse)]
         line += [_spread(row.ssim, 2), _spread(row.psnr, 1), _spread_small(row.mse), _share(row.label_accuracy.mean)]
-        line += [_signed(row.lift), *([_rate(row.identified or Estimate())] if identified else [])]
+        line += [_signed(row.lift), _number(row.update_norm), _share(row.zeros)]
+        line += [*([_rate(row.identified or Estimate())] if identified else [])]
         lines.append(line)
     return {"head": head + ["Identified"] * identified, "lines": lines}
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections import Counter as Tally
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -77,6 +78,10 @@ class Row:
     nan: int = 0
     """Of ``n``, how many had an SSIM or MSE that is not a number."""
     identified: Estimate | None = None
+    update_norm: float = math.nan
+    """Median Euclidean norm of the updates as they left the clients."""
+    zeros: float = math.nan
+    """Median share of entries of the update that are zero: what pruning or masking really reached."""
 
     @property
     def leaks(self) -> int:
@@ -214,7 +219,14 @@ def _row(setting: Setting, group: Group) -> Row:
         uncontrolled=sum(key not in group.controls for key in entries) if is_attack(group.attacker) else 0,
         nan=sum(entry.broken for entry in entries.values()),
         identified=None if math.isnan(identified.value) else identified,
+        update_norm=_median_fact(group, "update_norm"),
+        zeros=_median_fact(group, "zeros"),
     )  # fmt: skip
+
+
+def _median_fact(group: Group, name: str) -> float:
+    known = [outcome.facts[name] for outcome in group.outcomes if math.isfinite(outcome.facts.get(name, math.nan))]
+    return statistics.median(known) if known else math.nan
 
 
 def _compare(groups: Sequence[Group]) -> Iterable[Comparison]:
