@@ -420,7 +420,7 @@ class Throughput:
 
 def reconstruct(images: int, fewer: int, rounds: int) -> Throughput:
     """Run all three, a share of the one-by-one images after each lifted run."""
-    data = load_data("faces")
+    data = load_data("faces", target=96, tune=0, public=4)
     pool = data.target
     problem = make_problem("lenet_zhu", {}, pool.images[:images], pool.labels[:images], data.num_classes)
     attack = idlg(labels="given")
@@ -462,7 +462,7 @@ def main() -> None:
         f"one that stops at the image costs {1 / plain:.2f} times as much"
     )
 
-    images, fewer = (8, 4) if options.quick else (64, 24)
+    images, fewer = (8, 4) if options.quick else (96, 24)
     print(f"\nReconstructions: faces, lenet_zhu, label known; lifted {images} images, the others the first {fewer}")
     print(f"the recipe is ended after {RECIPE_CAP} evaluations", flush=True)
     done = reconstruct(images, fewer, 2 if options.quick else 3)

@@ -154,7 +154,7 @@ def group_size(experiment: Experiment, setup: Setup) -> int:
     unknowns = experiment.client.batch_size * math.prod(setup.data.image_shape)
     # Large images get smaller groups: L-BFGS keeps 200 vectors of each trial.
     fitting = max(1, 2**30 // (200 * 4 * unknowns))
-    return experiment.run.group or min(fitting, 256 if setup.device.type == "cuda" else 64)
+    return experiment.run.group or min(fitting, 256 if setup.device.type == "cuda" else 128)
 
 
 def _groups(
