@@ -65,7 +65,7 @@ def test_the_objective_by_hand(which: str, request: pytest.FixtureRequest) -> No
     across, down = x.diff(dim=3), x.diff(dim=2)
     attack = idlg(tv=0.3, labels="given")
     state = Seen((seen,), attack.infer(own.task, threat, Seen((seen,), {}), KEY))
-    assert set(state.facts) == {"square", "targets"}
+    assert set(state.facts) == {"square", "client", "targets"}
     assert float(state.facts["square"]) == pytest.approx(float(truth.square().sum()), rel=1e-12)
 
     value, score = attack.loss(own.task, threat, state, {"inputs": x}, KEY)

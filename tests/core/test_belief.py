@@ -61,7 +61,7 @@ def test_who_knows_the_rule_has_no_loss_at_the_truth(
     assert float(loss(own, rule, belief, seen, batch)) < 1e-24
     elsewhere = batch._replace(inputs=batch.inputs + 0.1)
     assert float(loss(own, rule, belief, seen, elsewhere)) > 1e-6
-    assert (belief.copies, belief.unknowns(batch.inputs), belief.describe()) == (1, {}, rule.describe())
+    assert (belief.copies, belief.unknowns(batch.inputs, OWN), belief.describe()) == (1, {}, rule.describe())
 
 
 WRONG = [
@@ -97,6 +97,7 @@ def test_a_guess_is_known_by_its_own_settings() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "rule"),
     [
+        ("straight_line", {}, SingleGradient()),
         ("sgd", {"lr": -1.0}, LocalSGD()),
         ("sgd", {"epochs": 0}, SingleGradient()),
         ("order_unknown", {"agreement": -0.1}, LocalSGD()),
@@ -127,7 +128,7 @@ def test_the_loss_can_be_differentiated_through_all_steps(name: str, bench: Any)
     seen, belief = sent(bench, rule, bench.batch(2)), belief_of(name, rule)
     guess = bench.batch(2, seed=1)
     guess = Batch(*(torch.cat([part] * belief.copies) for part in guess))
-    unknowns = {f"belief.{n}": v for n, v in belief.unknowns(guess.inputs).items()}
+    unknowns = {f"belief.{n}": v for n, v in belief.unknowns(guess.inputs, OWN).items()}
 
     def value(x: Tensor) -> Tensor:
         return loss(bench, rule, belief, seen, guess._replace(inputs=x), unknowns)
@@ -236,7 +237,7 @@ def test_the_line_is_better_the_smaller_the_steps(bench: Any) -> None:
 def test_the_place_starts_in_the_middle_and_is_one_number_a_trial(bench: Any) -> None:
     belief = belief_of("straight_line", LocalSGD(4, 0.1, 2))
     threat = ThreatModel(LocalSGD(4, 0.1, 2), belief, 2)
-    unknowns = threat.unknowns(bench.task, bench.batch(2).inputs)
+    unknowns = threat.unknowns(bench.task, bench.batch(2).inputs, OWN)
     assert {n: v.tolist() for n, v in unknowns.items()} == {"belief.place": [0.0]}
     assert unknowns["belief.place"].dtype == torch.float64
     state = Seen((), {"square": torch.zeros(()).double(), "targets": torch.eye(4).double()[:2]})
@@ -292,3 +293,20 @@ def test_beliefs_are_values(bench: Any) -> None:
         one.merge(bench.batch(2).inputs)
         assert one == before
         assert one.describe()
+
+
+def test_labels_of_an_unknown_order_are_mixed_by_doubly_stochastic_matrices() -> None:
+    belief = belief_of("order_unknown", LocalSGD(3, 0.1, 1))
+    unknowns = belief.unknowns(torch.zeros(12, 1, 8, 8).double(), KEY)
+    assert unknowns["order"].shape == (3, 4, 4)
+    assert not torch.equal(unknowns["order"][0], unknowns["order"][1])
+    # Four different labels: what comes out are the matrices themselves.
+    matrices = belief.relabel(torch.eye(4).double().repeat(3, 1), unknowns).reshape(3, 4, 4)
+    assert torch.allclose(matrices.sum(1), torch.ones(3, 4).double(), atol=1e-6)
+    assert torch.allclose(matrices.sum(2), torch.ones(3, 4).double(), atol=1e-6)
+    assert matrices.min() > 0
+    rows = torch.tensor([[2, 0, 3, 1], [0, 1, 2, 3], [3, 2, 1, 0]])
+    certain = {"order": 10 * torch.nn.functional.one_hot(rows, 4).double()}
+    targets = torch.tensor([0, 1, 1, 3]).repeat(3)
+    ordered = belief.relabel(torch.eye(4).double()[targets], certain).argmax(-1).reshape(3, 4)
+    assert ordered.tolist() == [[1, 0, 3, 1], [0, 1, 1, 3], [3, 1, 1, 0]]

@@ -86,7 +86,7 @@ def test_hidden_masks_start_as_if_dropout_were_off(make_bench: Any) -> None:
     batch = own.batch(3)
     threat = ThreatModel(batch_size=3)
     seen = watched(own, batch, threat.sees)
-    unknowns = threat.unknowns(own.task, batch.inputs)
+    unknowns = threat.unknowns(own.task, batch.inputs, KEY)
     assert {n: tuple(v.shape) for n, v in unknowns.items()} == {"mask.2.mask": (3, 8, 1, 1), "mask.4.mask": (3, 128)}
     simulated = threat.simulate(own.task, seen, batch, {}, unknowns, KEY)
     assert off(simulated, plain_gradient(without.task)(own.weights, batch, KEY)) < 1e-14
@@ -107,10 +107,10 @@ def test_the_right_masks_can_be_found(make_bench: Any) -> None:
 def test_who_sees_the_masks_has_nothing_to_find(make_bench: Any) -> None:
     own = make_bench("conv_drop", dropout="active")
     like = own.batch(2).inputs
-    assert ThreatModel(batch_size=2, sees=EVERYTHING).unknowns(own.task, like) == {}
-    assert ThreatModel(batch_size=2).unknowns(make_bench("conv").task, like) == {}
+    assert ThreatModel(batch_size=2, sees=EVERYTHING).unknowns(own.task, like, KEY) == {}
+    assert ThreatModel(batch_size=2).unknowns(make_bench("conv").task, like, KEY) == {}
     epochs = ThreatModel(batch_size=2, belief=exact(LocalSGD()))
-    assert epochs.unknowns(make_bench("conv_drop", dropout="off").task, like) == {}
+    assert epochs.unknowns(make_bench("conv_drop", dropout="off").task, like, KEY) == {}
 
 
 @pytest.mark.parametrize("mode", ["eval", "train_shared", "train_hidden"])

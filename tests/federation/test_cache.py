@@ -223,7 +223,8 @@ def test_a_damaged_file_is_trained_anew_with_a_warning(tmp_path: Path, how: str)
 
 
 def test_of_two_that_ask_at_once_one_trains(tmp_path: Path) -> None:
-    # Threads stand for processes: each opens the lock file on its own, and such a lock knows open files only.
+    # Threads stand for processes: each opens the lock file on its own, and such a lock knows open files only. Each has
+    # a model of its own too, as two calls of one module at once would swap each other's weights.
     trained, found = Rounds(), []
     begun = threading.Event()
 
@@ -232,7 +233,7 @@ def test_of_two_that_ask_at_once_one_trains(tmp_path: Path) -> None:
         begun.set()
 
     def worker(progress: Progress) -> None:
-        found.append(ask(tmp_path, progress))
+        found.append(ask(tmp_path, progress, task=TASK.to("cpu")))
 
     one = threading.Thread(target=worker, args=(first,))
     one.start()

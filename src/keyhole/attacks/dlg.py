@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
+from keyhole.attacks.idlg import idlg
 from keyhole.attacks.matching import OPTIMISED, GradientMatching
 from keyhole.core.attack import Start
 from keyhole.core.registry import ATTACKS
-from keyhole.parts.distances import relative_l2
-from keyhole.parts.penalties import smooth_total_variation
-from keyhole.solve.lbfgs import LBFGS
 
 
 @ATTACKS.add(
@@ -42,15 +40,6 @@ def dlg(
     steps that explode, the start is gray rather than noise, the best iterate is returned rather than the last.
     ``start="random", restarts=1, tolerance=0, steps=6000`` is the nearest to the original.
     """
-    return GradientMatching(
-        distance=relative_l2,
-        penalties=((tv, smooth_total_variation),),
-        optimizer=LBFGS(history=history),
-        steps=steps,
-        restarts=restarts,
-        initial=start,
-        labels=OPTIMISED,
-        tolerance=0.0 if tv > 0 else tolerance,
-        patience=100 if tv > 0 else 50,
-        min_progress=0.005 if tv > 0 else 0.01,
+    return idlg(
+        steps=steps, restarts=restarts, start=start, tv=tv, tolerance=tolerance, history=history, labels=OPTIMISED
     )

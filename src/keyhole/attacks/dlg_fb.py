@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -13,7 +13,7 @@ from keyhole.attacks.idlg import idlg
 from keyhole.core.attack import IterativeAttack, SequentialAttack, Start
 from keyhole.core.registry import ATTACKS
 from keyhole.core.types import Reconstruction, Tensors
-from keyhole.errors import check_range
+from keyhole.errors import ConfigError, check_range
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,6 +103,8 @@ def dlg_fb(
     random starts (which are the same runs), success is relative to the update's norm, evaluations are counted rather
     than L-BFGS steps of 20 of them, and batches of several images are accepted.
     """
+    if base == "dlg" and labels != "auto":
+        raise ConfigError(f"labels is {labels!r}, but base 'dlg' optimises labels; leave it out, or set base = 'idlg'.")
     check_range("alpha", alpha, 0, 1)
     check_range("warmup", warmup, 1)
     check_range("success", success, 0, open_low=True)
@@ -111,4 +113,4 @@ def dlg_fb(
         if base == "idlg"
         else dlg(steps=steps, restarts=1, start=start, tolerance=tolerance)
     )
-    return FeedbackBlending(replace(inner), alpha, warmup, success, feedback, keep_failures)
+    return FeedbackBlending(inner, alpha, warmup, success, feedback, keep_failures)

@@ -36,7 +36,7 @@ def idlg(
         tv: weight of the smoothed total variation, at least 0; with a weight above 0 the tolerance is not used.
         tolerance: a start has converged when the objective is at or below this; 1e-7 gives near-exact images.
         history: pairs that L-BFGS remembers.
-        labels: a label rule; ``auto`` reads one label from the bias gradient, more by iLRG.
+        labels: a label rule; ``auto`` reads one label from the bias gradient, more by iLRG; ``optimised`` is `dlg`.
 
     Differs from the authors' code: the objective is divided by the update's squared norm, the line search rejects
     steps that explode, the start is gray rather than noise, the best iterate is returned rather than the last, and

@@ -81,7 +81,9 @@ class GradientMatching(IterativeAttack):
 
     def infer(self, task: Task, threat: ThreatModel, seen: Seen, key: Key) -> Tensors:
         """The squared norm of what is matched, and labels (b, k) where a rule finds them."""
-        facts = {"square": squared_norm(compared_update(threat, seen))}
+        # One guess of the client's randomness for the whole trial: an order drawn anew at every evaluation would keep
+        # whichever draw happened to fit.
+        facts = {"square": squared_norm(compared_update(threat, seen)), "client": fold_in(key, "client")}
         if self.labels == OPTIMISED:
             return facts
         targets = read_labels(self.labels, task, threat, seen, key)
@@ -95,13 +97,15 @@ class GradientMatching(IterativeAttack):
             inputs = images.repeat(threat.guesses // images.shape[0], *(1 for _ in task.input_shape))
         else:
             inputs = normal(key, (threat.guesses, *task.input_shape), like.dtype)
-        candidate = {"inputs": inputs, **threat.unknowns(task, inputs)}
+        candidate = {"inputs": inputs, **threat.unknowns(task, inputs, fold_in(key, "unknowns"))}
         if self.labels == OPTIMISED:
             candidate["labels"] = normal(fold_in(key, "labels"), (threat.guesses, task.num_classes), like.dtype)
         return candidate
 
-    def _targets(self, seen: Seen, candidate: Candidate) -> Tensor:
-        return torch.softmax(candidate["labels"], -1) if self.labels == OPTIMISED else seen.facts["targets"]
+    def _targets(self, threat: ThreatModel, seen: Seen, candidate: Candidate) -> Tensor:
+        if self.labels == OPTIMISED:
+            return torch.softmax(candidate["labels"], -1)
+        return threat.belief.relabel(seen.facts["targets"], strip_prefix(candidate, "belief."))
 
     def loss(
         self, task: Task, threat: ThreatModel, seen: Seen, candidate: Candidate, key: Key
@@ -112,9 +116,9 @@ class GradientMatching(IterativeAttack):
             raise Refused("gradient matching needs the update, which this attacker does not see.")
         size = threat.guesses
         share = torch.full((size,), 1.0 / size, dtype=inputs.dtype, device=inputs.device)
-        batch = Batch(inputs, self._targets(seen, candidate), share)
+        batch = Batch(inputs, self._targets(threat, seen, candidate), share)
         facts = strip_prefix(seen.facts, "counter.")
-        simulated = threat.simulate(task, observation, batch, facts, candidate, key)
+        simulated = threat.simulate(task, observation, batch, facts, candidate, seen.facts["client"])
         mine, theirs = threat.counter.compare(simulated, observation.update, facts)
         distance = (threat.counter.distance or self.distance)(mine, theirs, seen.facts["square"])
         prior = sum(weight * penalty(inputs) for weight, penalty in self.penalties if weight > 0)
@@ -133,7 +137,7 @@ class GradientMatching(IterativeAttack):
     ) -> Reconstruction:
         """The inputs as they are, with the labels they were matched under."""
         inputs = threat.belief.merge(candidate["inputs"])
-        return Reconstruction(inputs, self._targets(seen, candidate)[: inputs.shape[0]], score)
+        return Reconstruction(inputs, self._targets(threat, seen, candidate)[: inputs.shape[0]], score)
 
     def at_truth(self) -> GradientMatching:
         """With the labels given: a label of its own choice would pull it off the truth."""

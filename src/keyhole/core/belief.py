@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from keyhole.core.keys import normal
 from keyhole.core.registry import BELIEFS
 from keyhole.core.rule import ClientRule, LocalSGD, SingleGradient, descend, minibatches
 from keyhole.core.tensors import map_tensors
@@ -31,8 +32,12 @@ class Belief(Protocol):
         """What the upload is thought to be a multiple of, for label rules that need a gradient."""
         ...
 
-    def unknowns(self, like: Tensor) -> Tensors:
-        """Start values of what the belief leaves open, in dtype and device of ``like``."""
+    def unknowns(self, like: Tensor, key: Key) -> Tensors:
+        """Start values of what the belief leaves open, in dtype and device of ``like``, the (copies x b) guesses."""
+        ...
+
+    def relabel(self, targets: Tensor, unknowns: Tensors) -> Tensor:
+        """Labels (copies x b, k) of the guessed images, from those known of each copy, in an order that may be open."""
         ...
 
     def simulate(
@@ -73,9 +78,13 @@ class Simulated:
         """That of the rule."""
         return self.rule.scale(examples)
 
-    def unknowns(self, like: Tensor) -> Tensors:
+    def unknowns(self, like: Tensor, key: Key) -> Tensors:
         """None."""
         return {}
+
+    def relabel(self, targets: Tensor, unknowns: Tensors) -> Tensor:
+        """As they are."""
+        return targets
 
     def simulate(
         self, gradient: GradFn, observation: Observation, batch: Batch, unknowns: Tensors, key: Key
@@ -102,15 +111,32 @@ class OrderUnknown(Simulated):
 
     Epoch e runs through guesses ``x_(e,1..b)`` in an order of their own; as sets they must agree between epochs, which
     ``agreement`` asks of their means. Guesses of later epochs are paired with those of the first, closest pair first,
-    and averaged. Labels are taken to come by class in every epoch, which a client that shuffles images of several
-    classes into small batches does not do: there this belief is wrong about which label meets which step.
+    and averaged. Which label belongs to which guess of an epoch is open too: a doubly stochastic matrix for each epoch,
+    drawn anew for each start, is optimised beside the images.
 
     Source: Dimitrov et al., "Data Leakage in Federated Averaging", TMLR 2022, https://arxiv.org/abs/2206.12395,
     sections 4.2 and 4.3. Differences: their order-invariant prior averages features of a random convolution too, and
     they match epochs by an optimal assignment; here the prior averages pixels and the pairing is greedy, which lifts.
+    The matrices of labels are ours; they take labels in one order for all epochs.
     """
 
+    SHARPNESS = 3.0
+    """How far one unit of the optimised unknown moves the logarithm of a matrix entry."""
+
     agreement: float = 0.1
+
+    def unknowns(self, like: Tensor, key: Key) -> Tensors:
+        """Logits (copies, b, b) of which label each guess of each epoch carries."""
+        size = like.shape[0] // self.copies
+        return {"order": normal(key, (self.copies, size, size), like.dtype) / self.SHARPNESS}
+
+    def relabel(self, targets: Tensor, unknowns: Tensors) -> Tensor:
+        """Each epoch's labels, mixed by its matrix."""
+        logits = self.SHARPNESS * unknowns["order"]
+        for _ in range(20):  # Sinkhorn's iteration
+            logits = logits.log_softmax(-1).log_softmax(-2)
+        mixed = torch.einsum("eij,ejk->eik", logits.log_softmax(-1).exp(), self._by_epoch(targets))
+        return mixed.reshape(targets.shape)
 
     def simulate(
         self, gradient: GradFn, observation: Observation, batch: Batch, unknowns: Tensors, key: Key
@@ -123,7 +149,7 @@ class OrderUnknown(Simulated):
 
     def _sgd(self) -> LocalSGD:
         if not isinstance(self.rule, LocalSGD):
-            raise ConfigError("attacker.belief 'order_unknown' is about local SGD; set client.rule = \"sgd\".")
+            raise ConfigError('it is about local SGD; set client.rule = "sgd".')
         return self.rule
 
     def _by_epoch(self, inputs: Tensor) -> Tensor:
@@ -171,7 +197,7 @@ class StraightLine(Simulated):
     SLOWED = 0.05
     """One unit of the optimised unknown moves the point by this share of the line."""
 
-    def unknowns(self, like: Tensor) -> Tensors:
+    def unknowns(self, like: Tensor, key: Key) -> Tensors:
         """The offset from the middle of the line, one number."""
         return {"place": like.new_zeros(1)}
 
@@ -219,7 +245,7 @@ def one_gradient(rule: ClientRule) -> Belief:
     return Simulated(SingleGradient(), "one gradient of all images")
 
 
-@BELIEFS.add(name="order_unknown", paper="Dimitrov et al. 2022", arxiv="2206.12395")
+@BELIEFS.add(name="order_unknown", paper="Dimitrov et al. 2022", arxiv="2206.12395", version=2)
 def order_unknown(rule: ClientRule, *, agreement: float = 0.1) -> Belief:
     """The attacker knows the settings but no order: one guess for each image and epoch, averaged in the end.
 
@@ -236,4 +262,6 @@ def order_unknown(rule: ClientRule, *, agreement: float = 0.1) -> Belief:
 @BELIEFS.add(name="straight_line", paper="Zhu, Yao and Blaschko 2023", arxiv="2306.00127")
 def straight_line(rule: ClientRule) -> Belief:
     """The attacker replaces all steps by one gradient on the straight line from the first to the last weights."""
+    if isinstance(rule, SingleGradient):
+        raise ConfigError('it replaces local steps; set client.rule = "sgd".')
     return StraightLine(rule, "one gradient on the straight line between the first and the last weights")

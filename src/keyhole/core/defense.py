@@ -7,7 +7,7 @@ counters live in the same file: a defense that comes without the attacker who kn
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from torch import Tensor
@@ -33,6 +33,8 @@ class Context:
     """Public images in the model's input space."""
     state: dict[str, Tensors] = field(default_factory=dict)
     """Kept between the rounds of one client, such as error-feedback residuals."""
+    link: str = ""
+    """Which place in a chain, so that two of one kind keep two states."""
 
 
 class Counter:
@@ -48,6 +50,8 @@ class Counter:
     scale_free: bool = False
     """Compares directions only. In a chain such a counter compares last, whichever defense it belongs to: a norm means
     the same on both sides only once they have the same entries."""
+    last: bool = False
+    """Whether it can only undo what nothing acted on afterwards, as the rounding of a quantiser."""
     distance: Distance | None = None
     """Replaces the attack's distance where the defense's noise has another likelihood."""
     then: Any = None
@@ -78,7 +82,7 @@ class Counter:
         return simulated, observed
 
     def expected_truth_loss(self, observed: Tensors) -> tuple[float, float]:
-        """Mean and deviation of the normalised squared distance at the truth, where ``truth_loss`` is "law"."""
+        """Mean and deviation of the distance at the truth in one round, where ``truth_loss`` is "law"."""
         raise NotImplementedError(f"counter '{self.name}' has no noise law")
 
 
@@ -145,7 +149,7 @@ class Chain(Defense):
     def _own(ctx: Context, position: int) -> Context:
         """The context of one link: two noises in a chain must not be the same noise."""
         key = fold_in(ctx.key, f"link {position}")
-        return Context(ctx.task, ctx.weights, key, ctx.round, ctx.step, ctx.client, ctx.public, ctx.state)
+        return replace(ctx, key=key, link=f"{ctx.link}{position}.")
 
 
 def chain(*defenses: Defense) -> Defense:
@@ -161,7 +165,9 @@ class CounterChain(Counter):
         self.name = "+".join(part.name for part in parts)
         self.needs = frozenset[Field]().union(*(part.needs for part in parts))
         laws = {part.truth_loss for part in parts}
-        self.truth_loss = "zero" if laws == {"zero"} else "none"
+        self.last = any(part.last for part in parts)
+        undone = not any(part.last for part in parts[:-1])
+        self.truth_loss = "zero" if laws == {"zero"} and undone else "none"
         self.scale_free = all(part.scale_free for part in parts)
         self.distance = next((part.distance for part in reversed(parts) if part.distance is not None), None)
 

@@ -37,12 +37,12 @@ class ThreatModel:
         """Images that an attack guesses for one update."""
         return self.belief.copies * self.batch_size
 
-    def unknowns(self, task: Task, like: Tensor) -> Tensors:
+    def unknowns(self, task: Task, like: Tensor, key: Key) -> Tensors:
         """What the attack must find beside images: the belief's unknowns, and masks of active dropout that are hidden.
 
         Masks start as if dropout were off.
         """
-        found = {f"belief.{name}": value for name, value in self.belief.unknowns(like).items()}
+        found = {f"belief.{name}": value for name, value in self.belief.unknowns(like, key).items()}
         if task.drops and "masks" not in self.sees:
             for name, rate, shape in task.drops:
                 # A logit, so that what is optimised has no bounds; sigmoid(start) / (1 - rate) = 1.

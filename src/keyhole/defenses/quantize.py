@@ -39,6 +39,7 @@ class Interval(Counter):
     """
 
     name = "interval"
+    last = True
     truth_loss: Literal["zero", "law", "none"] = "zero"
     inside = 0.0
 
@@ -103,6 +104,7 @@ class Signs(Counter):
     """
 
     name = "signs"
+    last = True
     truth_loss = "zero"
 
     def compare(self, simulated: Tensors, observed: Tensors, facts: Tensors) -> tuple[Tensors, Tensors]:

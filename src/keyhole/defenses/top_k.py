@@ -86,8 +86,7 @@ class TopK(Defense):
     def on_update(self, update: Tensors, ctx: Context) -> Tensors:
         """What is sent in this round; the rest waits in ``ctx.state``."""
         nothing = map_tensors(torch.zeros_like, update)
-        # By object, not by options: two links of one chain are two residuals even where they are set alike.
-        name = f"top_k.{id(self)}"
+        name = f"top_k.{ctx.link}"
         past = ctx.state if self.feedback else {}
         velocity = map_tensors(lambda u, g: self.momentum * u + g, past.get(f"{name}.velocity", nothing), update)
         grown = map_tensors(torch.add, past.get(f"{name}.residual", nothing), velocity)

@@ -16,7 +16,7 @@ from statistics import fmean
 
 from keyhole.core.attack import IterativeAttack
 from keyhole.core.defense import Counter, Defense, chain
-from keyhole.core.registry import ATTACKS, DEFENSES, RULES
+from keyhole.core.registry import ATTACKS, BELIEFS, DEFENSES, RULES
 from keyhole.core.trial import Outcome, Spec, Trial
 from keyhole.errors import ConfigError
 from keyhole.experiment.setup import Setup
@@ -163,7 +163,9 @@ def _grid(entry: AttackEntry) -> list[Spec]:
 
 def group_size(experiment: Experiment, setup: Setup) -> int:
     """Trials lifted together. Fixed by the experiment and the kind of device, never by free memory."""
-    unknowns = experiment.client.size * math.prod(setup.data.image_shape)
+    rule = RULES.build(experiment.client.rule, **experiment.client.spec.asdict())
+    belief = BELIEFS.build(experiment.attacker.spec.name, rule=rule, **experiment.attacker.spec.asdict())
+    unknowns = belief.copies * experiment.client.size * math.prod(setup.data.image_shape)
     # Large images get smaller groups: L-BFGS keeps 200 vectors of each trial.
     fitting = max(1, 2**30 // (200 * 4 * unknowns))
     return experiment.run.group or min(fitting, 256 if setup.device.type == "cuda" else 128)

@@ -232,7 +232,7 @@ def _mismatch(
     belief = BELIEFS.build(spec.name, rule=rule, **spec.asdict())
     inputs, targets = (part.repeat(belief.copies, *(1 for _ in part.shape[1:])) for part in batch[:2])
     guess = Batch(inputs, targets, batch.share.repeat(belief.copies) / belief.copies)
-    unknowns = belief.unknowns(batch.inputs)
+    unknowns = belief.unknowns(inputs, fold_in(key, "unknowns"))
     # Another key: of what the client draws at random the attacker knows nothing.
     believed = belief.simulate(gradient, Observation(weights, update), guess, unknowns, fold_in(key, "attacker"))
     return math.sqrt(max(0.0, 1.0 - _cosine(believed, update) ** 2))

@@ -107,7 +107,7 @@ class ClientSection(_Section):
     def spec(self) -> Spec:
         """The client rule with all its options."""
         if self.rule == "gradient":
-            return Spec.of("gradient")
+            return method(RULES, {"name": "gradient"}, "[client]")
         given = {"epochs": self.epochs, "lr": self.lr, "order": self.order, "batch_size": self.batch_size}
         return method(RULES, {"name": "sgd", **{k: v for k, v in given.items() if v is not None}}, "[client]")
 
