@@ -14,7 +14,7 @@ from keyhole.core.attack import DirectAttack
 from keyhole.core.keys import new_key, uniform
 from keyhole.core.registry import ATTACKS, Card
 from keyhole.core.trial import Spec
-from keyhole.core.types import Observation, Reconstruction, Seen
+from keyhole.core.types import Reconstruction, Seen
 from keyhole.experiment import run as runner
 from keyhole.experiment.plan import Group
 from keyhole.experiment.run import GroupResult, run_group
@@ -53,10 +53,10 @@ def destroy(setup: Setup, secret: tuple[Any, ...]) -> None:
 
 
 def result_of(group: Group, setup: Setup, monkeypatch: pytest.MonkeyPatch, *, poisoned: bool) -> GroupResult:
-    original: Callable[..., tuple[Observation, ...]] = runner._see
+    original: Callable[..., Any] = runner._see
     calls = []
 
-    def see(task: Any, threat: Any, defense: Any, weights: Any, secret: Any, *rest: Any) -> tuple[Observation, ...]:
+    def see(task: Any, threat: Any, defense: Any, weights: Any, secret: Any, *rest: Any) -> Any:
         LOOT[:] = [secret[0].inputs]
         seen = original(task, threat, defense, weights, secret, *rest)
         calls.append(1)
@@ -187,9 +187,9 @@ def test_a_leak_through_the_observation_itself_is_caught(
     """What an attacker is given must be a copy: a view of the batch would change with it."""
     original = runner._see
 
-    def view(task: Any, threat: Any, defense: Any, weights: Any, secret: Any, *rest: Any) -> tuple[Observation, ...]:
-        (seen,) = original(task, threat, defense, weights, secret, *rest)
-        return (seen._replace(targets=secret[0].targets),)
+    def view(task: Any, threat: Any, defense: Any, weights: Any, secret: Any, *rest: Any) -> Any:
+        (seen,), notes = original(task, threat, defense, weights, secret, *rest)
+        return (seen._replace(targets=secret[0].targets),), notes
 
     monkeypatch.setattr(runner, "_see", view)
     group = make_group(make_trial, "idlg", {"labels": "given"}, sees=("targets", *SEES))

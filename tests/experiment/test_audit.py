@@ -37,7 +37,7 @@ def timeless(folder: Path) -> dict[str, Any]:
 
     def strip(value: Any) -> Any:
         if isinstance(value, dict):
-            return {k: strip(v) for k, v in value.items() if k != "seconds"}
+            return {k: strip(v) for k, v in value.items() if k not in ("seconds", "client_seconds")}
         return [strip(v) for v in value] if isinstance(value, list) else value
 
     return strip(json.loads((folder / "report.json").read_text()))
@@ -211,10 +211,10 @@ def test_weights_that_are_not_finite_are_a_status(tmp_path: Path, monkeypatch: p
     see = run._see
 
     def broken(*arguments: Any) -> Any:
-        observations = see(*arguments)
+        observations, notes = see(*arguments)
         for tensor in observations[0].update.values():
             tensor[1] = float("nan")
-        return observations
+        return observations, notes
 
     monkeypatch.setattr(run, "_see", broken)
     assert audit(load_experiment("quick", TINY), tmp_path, jobs=1)

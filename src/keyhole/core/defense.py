@@ -1,6 +1,6 @@
 """Defenses, and the counters of attackers who know them.
 
-A defense has four hooks, all "unchanged" by default, so that one small class says all that is special about it. Its
+A defense has five hooks, all "unchanged" by default, so that one small class says all that is special about it. Its
 counters live in the same file: a defense that comes without the attacker who knows it has not been evaluated.
 """
 
@@ -29,12 +29,25 @@ class Context:
     round: int = 0
     step: int = 0
     client: int = 0
-    public: Tensor | None = None
-    """Public images in the model's input space."""
+    public: Batch | None = None
+    """Public images with their labels, which the attacker has too."""
     state: dict[str, Tensors] = field(default_factory=dict)
     """Kept between the rounds of one client, such as error-feedback residuals."""
     link: str = ""
     """Which place in a chain, so that two of one kind keep two states."""
+    notes: dict[str, list[Tensor]] = field(default_factory=dict)
+    hints: dict[str, Tensor] = field(default_factory=dict)
+
+    def note(self, name: str, value: Tensor) -> None:
+        """Put on record what the defense did: a scalar, or a number for each image (b,) in the batch's order.
+
+        For the report only; no attacker ever gets it. Notes of several local steps are averaged.
+        """
+        self.notes.setdefault(name, []).append(value.detach())
+
+    def hint(self, name: str, value: Tensor) -> None:
+        """Give away a choice of the defense to attackers who are declared to see ``hints``; the last call counts."""
+        self.hints[name] = value.detach()
 
 
 class Counter:
@@ -55,7 +68,8 @@ class Counter:
     distance: Distance | None = None
     """Replaces the attack's distance where the defense's noise has another likelihood."""
     then: Any = None
-    """A second attack on what the first one found, where the defense calls for it."""
+    """A second attack on what the first one found, where the defense calls for it. The images found are its fact
+    ``found.inputs``, (r, *shape)."""
 
     def combine(self, updates: Tensors) -> Tensors:
         """One update out of those of several rounds of the same batch and weights: their mean.
@@ -89,6 +103,10 @@ class Counter:
 class Defense:
     """What a client does to protect a batch. Override the hooks that the defense acts on."""
 
+    def on_batch(self, batch: Batch, ctx: Context) -> Batch:
+        """Replace the images that a round is trained on; as many, in the same order. Called once a round."""
+        return batch
+
     def on_task(self, task: Task) -> Task:
         """Change the model itself; the attacker sees the result."""
         return task
@@ -109,12 +127,31 @@ class Defense:
         """What attackers who know this defense do about it."""
         return ()
 
+    def remark(self, notes: dict[str, list[float]]) -> str:
+        """A sentence for the report on what was noted in one trial, such as that nothing was changed; mostly empty."""
+        return ""
+
+    def success_bound(self, prior: float, rounds: int) -> float | None:
+        """What no attack can exceed: an upper bound on the probability of a reconstruction; `None` where there is none.
+
+        Args:
+            prior: the success of the best guess without any update, in [0, 1].
+            rounds: updates of the same images that the attacker sees.
+        """
+        return None
+
 
 @dataclass(frozen=True)
 class Chain(Defense):
     """Defenses one after another: the first acts first on the update."""
 
     links: tuple[Defense, ...] = ()
+
+    def on_batch(self, batch: Batch, ctx: Context) -> Batch:
+        """Each link's change to the images, in order."""
+        for i, link in enumerate(self.links):
+            batch = link.on_batch(batch, self._own(ctx, i))
+        return batch
 
     def on_task(self, task: Task) -> Task:
         """Each link's change to the model, in order."""
@@ -145,6 +182,10 @@ class Chain(Defense):
         known = [link.counters() for link in self.links if link.counters()]
         return tuple(CounterChain(parts) for parts in itertools.product(*known)) if known else ()
 
+    def remark(self, notes: dict[str, list[float]]) -> str:
+        """The links' remarks."""
+        return " ".join(filter(None, (link.remark(notes) for link in self.links)))
+
     @staticmethod
     def _own(ctx: Context, position: int) -> Context:
         """The context of one link: two noises in a chain must not be the same noise."""
@@ -170,6 +211,7 @@ class CounterChain(Counter):
         self.truth_loss = "zero" if laws == {"zero"} and undone else "none"
         self.scale_free = all(part.scale_free for part in parts)
         self.distance = next((part.distance for part in reversed(parts) if part.distance is not None), None)
+        self.then = next((part.then for part in parts if part.then is not None), None)
 
     def combine(self, updates: Tensors) -> Tensors:
         """As the part says that acts on what the client did last, among those that do not just average."""

@@ -80,6 +80,8 @@ def observe(
     weights: Weights | Sequence[Weights],
     secret: tuple[Batch, ...],
     key: Key,
+    public: Batch | None = None,
+    notes: dict[str, list[Tensor]] | None = None,
 ) -> tuple[Observation, ...]:
     """Everything an attacker sees of an episode: one observation for each private batch, in order.
 
@@ -93,15 +95,22 @@ def observe(
         weights: the global weights that the client received, the same for all rounds or one for each.
         secret: the private batches, one a round.
         key: the client's randomness, which the attacker never gets.
+        public: public images with labels, which clients and attackers have.
+        notes: filled with what the defenses put on record about themselves, which is no part of what is seen.
     """
+    notes = {} if notes is None else notes
     state: dict[str, Tensors] = {}
     seen = []
     for number, batch in enumerate(secret):
         received = weights if isinstance(weights, Weights) else weights[number]
         own = fold_in(key, number)
-        ctx = Context(task, received, fold_in(own, "defense"), round=number, state=state)
+        hints: Tensors = {}
+        ctx = Context(
+            task, received, fold_in(own, "defense"), number, public=public, state=state, notes=notes, hints=hints
+        )
         client = fold_in(own, "client")
-        upload = threat.rule(defended_gradient(task, defense, ctx), received, batch, client)
+        trained = defense.on_batch(batch, ctx)
+        upload = threat.rule(defended_gradient(task, defense, ctx), received, trained, client)
         update = defense.on_update(upload.update, ctx)
         # Sorted, because the order of a batch leaves no trace in its gradient and must not reach the attacker.
         # Soft targets of one class are told apart by a weighted sum, so that no two keep the order they came in.
@@ -111,7 +120,7 @@ def observe(
         masks = task.masks(client, batch.inputs.shape[0])
         statistics = None
         if "statistics" in threat.sees:
-            statistics = task.trace(received, batch.inputs, masks=masks).statistics
+            statistics = task.trace(received, trained.inputs, masks=masks).statistics
         seen.append(
             Observation(
                 weights=received if "weights" in threat.sees else None,
@@ -119,6 +128,7 @@ def observe(
                 targets=batch.targets[order] if "targets" in threat.sees else None,
                 statistics=statistics,
                 masks={name: mask[order] for name, mask in masks.items()} if "masks" in threat.sees else None,
+                hints=hints if "hints" in threat.sees else None,
             )
         )
     return tuple(seen)

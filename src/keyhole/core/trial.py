@@ -101,6 +101,10 @@ class Outcome:
     """Numbers about the update, such as its norm and its share of zeros."""
     history: tuple[tuple[int, float], ...] = ()
     """(evaluations, best score so far), thinned."""
+    notes: dict[str, list[float]] = field(default_factory=dict)
+    """What the defense put on record about itself: one number, or one for each image in the order of the episode."""
+    client_seconds: float = 0.0
+    """Time of the client's own work for one update, its defense included; that of a group is shared out evenly."""
 
     def to_json(self) -> str:
         """One line of JSON."""

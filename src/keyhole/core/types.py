@@ -23,8 +23,9 @@ Key = Tensor
 Candidate = Tensors
 """What an attack optimises, by name; ``"inputs"`` for attacks that work on pixels."""
 
-Field = Literal["weights", "update", "targets", "statistics", "masks"]
-"""What an attacker may see of one round: global weights, the update, the labels, batch statistics, dropout masks."""
+Field = Literal["weights", "update", "targets", "statistics", "masks", "hints"]
+"""What an attacker may see of one round: global weights, the update, the labels, batch statistics, dropout masks, and
+what an insider would know of a defense's own choices."""
 
 
 class Batch(NamedTuple):
@@ -57,6 +58,8 @@ class Observation(NamedTuple):
     """Mean and variance of each BatchNorm layer's input over the batch, ``<layer>.mean`` and ``<layer>.var``."""
     masks: Tensors | None = None
     """The dropout masks that the client drew."""
+    hints: Tensors | None = None
+    """What defenses gave away with `keyhole.core.defense.Context.hint`, by name."""
 
 
 class Seen(NamedTuple):

@@ -209,6 +209,7 @@ _FIELDS = {
     "targets": "the labels",
     "statistics": "the batch statistics of BatchNorm",
     "masks": "the dropout masks",
+    "hints": "what an insider knows of the defense's own choices",
 }
 
 

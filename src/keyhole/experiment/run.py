@@ -56,6 +56,9 @@ class Answer:
     detail: str = ""
     rounds: tuple[tuple[Status, int], ...] = ()
     """Status and evaluations of each update of a series."""
+    notes: dict[str, list[float]] = field(default_factory=dict)
+    """What the defense put on record."""
+    client_seconds: float = 0.0
 
 
 def run_group(group: Group, setup: Setup, watch: Watch | None = None) -> GroupResult:
@@ -131,12 +134,15 @@ def _answers(group: Group, setup: Setup, watch: Watch) -> list[Answer]:
     images = _start_images(attack, group.trials, setup, attacker)
     if is_check:
         images = torch.cat([batch.inputs for batch in secret[: len(secret) // first.rounds]], 1)[:, None]
-    observations = _see(task, threat, defense, weights, secret, client, shared)
+    began = time.perf_counter()
+    observations, notes = _see(task, threat, defense, weights, secret, client, shared, _public(setup))
     facts = _facts(observations, len(group.trials))
+    seconds = (time.perf_counter() - began) / (len(group.trials) * len(secret))
     if first.attacker == "control:prior_only":
         observations = tuple(_without_signal(o, attacker, shared) for o in observations)
     watch = replace(watch, limit=first.limit)
-    solved = solve(attack, task, threat, observations, images, attacker, shared, watch)
+    then = None if counter.then is None else _start_images(counter.then, group.trials, setup, attacker)
+    solved = solve(attack, task, threat, observations, images, attacker, shared, watch, then)
     return [
         Answer(
             guesses=task.bounds.to_pixels(one.reconstruction.inputs).detach(),
@@ -146,9 +152,13 @@ def _answers(group: Group, setup: Setup, watch: Watch) -> list[Answer]:
             history=one.history,
             rounds=one.rounds,
             facts={**fact, "truth_loss": float(one.reconstruction.score)} if is_check else fact,
-            detail="" if math.isfinite(fact.get("update_norm", 0.0)) else "the update holds values that are not finite",
+            detail=defense.remark(note)
+            if math.isfinite(fact.get("update_norm", 0.0))
+            else "the update holds values that are not finite",
+            notes=note,
+            client_seconds=seconds,
         )
-        for one, fact in zip(solved, facts, strict=True)
+        for one, fact, note in zip(solved, facts, notes, strict=True)
     ]
 
 
@@ -160,9 +170,27 @@ def _see(
     secret: tuple[Batch, ...],
     keys: Tensor,
     shared: Shared,
-) -> tuple[Observation, ...]:
-    """`observe`, lifted over a group."""
-    return lift(lambda batches, key: observe(task, threat, defense, weights, batches, key), shared)(secret, keys)
+    public: Batch,
+) -> tuple[tuple[Observation, ...], list[dict[str, list[float]]]]:
+    """`observe`, lifted over a group, and what the defense noted in each trial, averaged over local steps."""
+
+    def see(batches: tuple[Batch, ...], key: Tensor) -> tuple[tuple[Observation, ...], dict[str, Tensor]]:
+        notes: dict[str, list[Tensor]] = {}
+        seen = observe(task, threat, defense, weights, batches, key, public, notes)
+        return seen, {name: torch.stack(values).double().mean(0) for name, values in notes.items()}
+
+    observations, notes = lift(see, shared)(secret, keys)
+    return observations, [
+        {name: value[i].flatten().tolist() for name, value in notes.items()} for i in range(keys.shape[0])
+    ]
+
+
+def _public(setup: Setup) -> Batch:
+    """The public images, as a batch in the model's input space."""
+    pool = setup.data.public
+    targets = torch.nn.functional.one_hot(pool.labels.to(setup.device), setup.task.num_classes).to(setup.dtype)
+    inputs = setup.task.bounds.from_pixels(setup.images(pool))
+    return Batch(inputs, targets, torch.full_like(targets[:, 0], 1.0 / len(pool)))
 
 
 def _secret(trials: tuple[Trial, ...], setup: Setup) -> tuple[Batch, ...]:
@@ -258,6 +286,17 @@ def _score(result: GroupResult, trial: Trial, answer: Answer, setup: Setup, seco
     if len(candidates) >= ENOUGH_CANDIDATES:
         metrics["identified"] = identified(guess, truth, setup.images(candidates)).tolist()
     result.outcomes.append(
-        Outcome(trial, answer.status, metrics, seconds, answer.evaluations, answer.detail, answer.facts, answer.history)
+        Outcome(
+            trial,
+            answer.status,
+            metrics,
+            seconds,
+            answer.evaluations,
+            answer.detail,
+            answer.facts,
+            answer.history,
+            answer.notes,
+            answer.client_seconds,
+        )  # fmt: skip
     )
     result.reconstructions[trial.hash] = guess.detach().cpu().float().contiguous()

@@ -115,7 +115,7 @@ class ClientSection(_Section):
 class AttackerSection(_Section):
     """``[attacker]``: what the attacker sees and believes, and the label rule of attacks that do not name their own."""
 
-    sees: list[Literal["weights", "update", "targets", "masks"]] = ["weights", "update"]
+    sees: list[Literal["weights", "update", "targets", "masks", "hints"]] = ["weights", "update"]
     labels: str | None = None
     belief: str | dict[str, Any] = "exact"
     """What it thinks the client does: a name, or a table with a name and options."""

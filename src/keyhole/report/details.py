@@ -27,6 +27,14 @@ SETTINGS_NOTE = (
     "points, each side with its own controls. Wilcoxon signed-rank test on SSIM, not corrected for the number of "
     "tests. 0 images: the two draw on different data, and nothing can be paired."
 )
+NOTES_NOTE = (
+    "What the defenses recorded of their own work, which no attacker was given, and a client's seconds for an update "
+    "when all updates of a group are worked on together."
+)
+BOUNDS_NOTE = (
+    "An upper bound on the share of images that any attack can recover, known or not, from the mechanism's noise and "
+    "the best guess without an update. A leak rate above it would be a fault of the defense or of this program."
+)
 VARIANTS_NOTE = (
     "Attack minus the one it is compared with, on the same updates. Solved: updates that the attack itself counts as "
     "matched, in percentage points. Evaluations: of the gradient, for the update behind an image. The updates of one "
@@ -115,6 +123,37 @@ def layers_table(report: Report, lines: Sequence[Layers]) -> list[Line]:
         cells = [line.layers, share(line.withheld), rated(line.leak_rate), by, LEVELS[line.level]]
         found.append(placed(report, line.setting, cells))
     return found
+
+
+def notes_table(report: Report) -> list[Line]:
+    """What the defenses put on record about themselves, and what they cost a client."""
+    lines = [placed(report, "setting", ["defense", "what", "median", "middle 80 %", "remark"])]
+    told: set[tuple[str, str]] = set()
+    for row in report.rows:
+        cell = (row.setting, row.defense)
+        if not row.is_attack or cell in told or not (row.notes or row.remarks):
+            continue
+        told.add(cell)
+        remark = " ".join(f"{count} of {sum(row.statuses.values())}: {text}" for text, count in row.remarks.items())
+        for name, found in row.notes.items():
+            middle = f"{number(found.q10)} to {number(found.q90)}"
+            line = [row.defense, name.replace("_", " "), number(found.median), middle, remark]
+            lines.append(placed(report, row.setting, line))
+            remark = NOTHING
+        seconds = ["client seconds for an update", number(row.client_seconds), NOTHING, remark or NOTHING]
+        lines.append(placed(report, row.setting, [row.defense, *seconds]))
+    return lines
+
+
+def bounds_table(report: Report) -> list[Line]:
+    """Where a defense's noise bounds every attack: the bound beside what was measured."""
+    head = ["defense", "attack", "attacker", "leak rate (95 %)", "bound on any attack"]
+    lines = [placed(report, "setting", head)]
+    for row in report.rows:
+        if row.is_attack and math.isfinite(row.bound):
+            line = [*names(row), rated(row.leak_rate), f"{percent(row.bound)} %"]
+            lines.append(placed(report, row.setting, line))
+    return lines
 
 
 def spent_table(report: Report) -> list[Line]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -86,6 +86,14 @@ class Row:
     """The overlap to expect of labels drawn evenly at random, were the true ones drawn so as well."""
     series: int = 1
     """Most updates of different images that one trial saw."""
+    notes: dict[str, Spread] = field(default_factory=dict)
+    """What the defense put on record about itself, over images or updates."""
+    remarks: dict[str, int] = field(default_factory=dict)
+    """Sentences about trials that ended regularly, with how many trials each is about."""
+    client_seconds: float = math.nan
+    """Median time of a client's own work for one update, its defense included."""
+    bound: float = math.nan
+    """The largest share of images that any attack could recover, where the defense's noise sets a bound."""
 
     @property
     def leaks(self) -> int:

@@ -25,7 +25,7 @@ from scipy import stats
 from keyhole.core.trial import Outcome, Status
 from keyhole.report.comparisons import Comparison, compare
 from keyhole.report.groups import Group, Key, collect, matrix, unique
-from keyhole.report.intervals import Estimate, Matrix, mean, overlap, rate, spread
+from keyhole.report.intervals import Estimate, Matrix, Spread, mean, overlap, rate, spread
 from keyhole.report.layers import Layers, advice, layers_left_out
 from keyhole.report.records import Row, Setting, is_attack
 from keyhole.report.sentence import verdict
@@ -175,7 +175,25 @@ def _row(setting: Setting, group: Group) -> Row:
         labels=overlap(matrix(group.by_update("label_accuracy"))),
         label_chance=label_chance(setting.classes, max(trial.batch_size for trial in trials)),
         series=max(len(trial.episode) // trial.batch_size for trial in trials),
+        notes=_notes(group),
+        remarks=dict(Tally(o.detail for o in group.outcomes if o.detail and o.metrics and o.status != "diverged")),
+        client_seconds=statistics.median([o.client_seconds for o in group.outcomes if o.metrics] or [math.nan]),
+        bound=max([o.facts["success_bound"] for o in group.outcomes if "success_bound" in o.facts], default=math.nan),
     )  # fmt: skip
+
+
+def _notes(group: Group) -> dict[str, Spread]:
+    """Each note over networks and images, or over networks and updates where it is one number for an update."""
+    names = dict.fromkeys(name for outcome in group.outcomes for name in outcome.notes)
+    found: dict[str, Spread] = {}
+    for name in names:
+        values: dict[tuple[int, Any], float] = {}
+        for outcome in group.outcomes:
+            trial, own = outcome.trial, outcome.notes.get(name, [])
+            keys = trial.episode if len(own) == len(trial.episode) else range(len(own))
+            values.update({(trial.seed, (trial.episode, key)): value for key, value in zip(keys, own, strict=True)})
+        found[name] = spread(matrix(values))
+    return found
 
 
 def _median_fact(group: Group, name: str) -> float:

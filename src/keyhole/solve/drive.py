@@ -7,11 +7,12 @@ have ended, so that the group shrinks to what still runs; between two looks noth
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,14 +22,16 @@ from torch.func import grad_and_value
 from torch.utils import _pytree as pytree
 
 from keyhole.core.attack import Attack, DirectAttack, IterativeAttack, SequentialAttack
+from keyhole.core.defense import Counter
 from keyhole.core.keys import advance, fold_in
 from keyhole.core.task import Task
 from keyhole.core.tensors import flatten, unflatten
 from keyhole.core.threat import ThreatModel
 from keyhole.core.trial import Status
 from keyhole.core.types import Candidate, Key, Observation, Reconstruction, Seen
+from keyhole.errors import Refused
 from keyhole.solve.checkpoint import load_checkpoint, save_checkpoint
-from keyhole.solve.lift import Shared, lift, take
+from keyhole.solve.lift import Shared, lift, stack, take
 
 CHECK = 10
 """Evaluations between two looks at a group. Part of the result: ends of trials fall on this grid."""
@@ -100,8 +103,9 @@ def solve(
     keys: Tensor,
     shared: Shared,
     watch: Watch | None = None,
+    then_images: Tensor | None = None,
 ) -> list[Solved]:
-    """Run an attack on a group of trials.
+    """Run an attack on a group of trials, and the counter's second attack on what it found, where there is one.
 
     Args:
         attack: the method, written for one trial.
@@ -112,11 +116,18 @@ def solve(
         keys: the attacker's randomness, (trials, 2).
         shared: leaves that all trials have in common.
         watch: progress, limits and checkpoint.
+        then_images: as ``images``, for the counter's second attack.
 
     Returns:
         One `Solved` for each trial, in order.
     """
     watch = watch or Watch()
+    then = threat.counter.then
+    if then is not None:
+        half = replace(watch, progress=lambda fraction: watch.progress(fraction / 2))
+        plain = replace(threat, counter=_without_then(threat.counter))
+        first = solve(attack, task, plain, observations, images, keys, shared, half)
+        return _second(then, task, plain, observations, then_images, keys, shared, watch, first)
     if threat.repeated and len(observations) > 1:
         observations = (_combined(threat, observations, shared),)
     if isinstance(attack, SequentialAttack) or len(observations) > 1:
@@ -137,6 +148,52 @@ def solve(
     if not isinstance(attack, IterativeAttack):
         raise TypeError(f"{type(attack).__name__} is neither a direct, an iterative nor a sequential attack")
     return _Loop(attack, task, threat, seen, images, keys, shared, watch).run()
+
+
+def _without_then(counter: Counter) -> Counter:
+    own = copy.copy(counter)
+    own.then = None
+    return own
+
+
+def _second(
+    then: Attack,
+    task: Task,
+    threat: ThreatModel,
+    observations: tuple[Observation, ...],
+    images: Tensor | None,
+    keys: Tensor,
+    shared: Shared,
+    watch: Watch,
+    first: list[Solved],
+) -> list[Solved]:
+    """The second attack, which finds what the first one found among its facts; budgets and histories add up."""
+    if len(observations) > 1 and not threat.repeated:
+        raise Refused(
+            "the second attack works on one update at a time; set client.series = 1."
+        )
+    if not isinstance(then, IterativeAttack):
+        raise TypeError(f"{type(then).__name__} is no iterative attack, and so no second one")
+    found = stack([one.reconstruction.inputs for one in first], shared)
+
+    def infer(seen: tuple[Observation, ...], inputs: Tensor, key: Key) -> Seen:
+        known = {"found.inputs": inputs}
+        return Seen(seen[:1], {**known, **then.infer(task, threat, Seen(seen[:1], known), fold_in(key, "infer"))})
+
+    keys = lift(lambda key: fold_in(key, "then"), shared)(keys)
+    seen = lift(infer, shared)(observations, found, keys)
+    rest = replace(
+        watch,
+        progress=lambda fraction: watch.progress((1 + fraction) / 2),
+        checkpoint=watch.checkpoint and watch.checkpoint.with_suffix(".then.safetensors"),
+    )
+    return [
+        two._replace(
+            reconstruction=two.reconstruction._replace(targets=one.reconstruction.targets),
+            evaluations=one.evaluations + two.evaluations,
+        )
+        for one, two in zip(first, _Loop(then, task, threat, seen, images, keys, shared, rest).run(), strict=True)
+    ]
 
 
 def _combined(threat: ThreatModel, observations: tuple[Observation, ...], shared: Shared) -> Observation:
