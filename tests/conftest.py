@@ -66,6 +66,11 @@ class Bench:
             self.task.bounds.from_pixels(pixels), targets, torch.full((size,), 1.0 / size, dtype=torch.float64)
         )
 
+    @property
+    def public(self) -> Batch:
+        """Eight public images, two of each class."""
+        return self.batch(2 * CLASSES, seed=977)
+
     def secrets(self, trials: int, size: int = 1, rounds: int = 1) -> tuple[Batch, ...]:
         """Batches of several trials with a leading trial axis, one for each round."""
         return tuple(
@@ -83,9 +88,9 @@ class Bench:
         """`observe`, lifted; the weights are shared by all trials."""
         defense = defense or chain()
         keys = split(fold_in(new_key(seed), "test client"), secrets[0].inputs.shape[0])
-        received = weights or self.weights
+        received, public = weights or self.weights, self.public
         shared = Shared(received)
-        return lift(lambda b, k: observe(self.task, threat, defense, received, b, k), shared)(secrets, keys)
+        return lift(lambda b, k: observe(self.task, threat, defense, received, b, k, public), shared)(secrets, keys)
 
 
 def _conv() -> nn.Module:

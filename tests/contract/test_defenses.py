@@ -19,9 +19,10 @@ import keyhole.defenses  # noqa: F401  (fills the registry)
 from keyhole.core.defense import Context, Counter, CounterChain, Defense, chain
 from keyhole.core.keys import fold_in, new_key, normal, split
 from keyhole.core.registry import DEFENSES
+from keyhole.core.rule import ClientRule, LocalSGD, SingleGradient
 from keyhole.core.task import plain_gradient
 from keyhole.core.threat import ThreatModel, observe
-from keyhole.core.types import Tensors
+from keyhole.core.types import Batch, Tensors
 from keyhole.errors import ConfigError
 from keyhole.parts.distances import relative_l2
 
@@ -32,6 +33,10 @@ each_case = pytest.mark.parametrize("case", PAIRS, ids=label)
 
 def build(case: Case) -> Defense:
     return DEFENSES.build(case[0], **case[1])
+
+
+ON_UPDATE = [case for case in PAIRS if type(build(case)).on_update is not Defense.on_update]
+each_on_update = pytest.mark.parametrize("case", ON_UPDATE, ids=label)
 
 
 def context(bench: Any, key: Tensor = KEY, state: dict[str, Tensors] | None = None) -> Context:
@@ -52,6 +57,14 @@ def large(seed: int = 0) -> Tensors:
     }
 
 
+def sent(bench: Any, defense: Defense, batch: Batch, key: Tensor = KEY, rule: ClientRule | None = None) -> Tensors:
+    """What leaves a client after one round."""
+    threat = ThreatModel(rule or SingleGradient(), batch_size=len(batch.inputs))
+    (seen,) = observe(bench.task, threat, defense, bench.weights, (batch,), key, bench.public)
+    update: Tensors = seen.update
+    return update
+
+
 def flat(update: Tensors) -> Tensor:
     return torch.cat([v.flatten() for v in update.values()])
 
@@ -68,10 +81,10 @@ def test_every_defense_has_its_cases() -> None:
     assert all(CASES.values())
 
 
-# What holds for all.
+# What holds for all that act on the update.
 
 
-@each_case
+@each_on_update
 @pytest.mark.parametrize("which", ["bench", "norm_bench"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_inputs_stay_and_names_shapes_and_types_are_kept(
@@ -88,7 +101,7 @@ def test_inputs_stay_and_names_shapes_and_types_are_kept(
     assert not same(out, update), "these options must do something"
 
 
-@each_case
+@each_on_update
 def test_scalars_and_empty_tensors_are_accepted(case: Case, bench: Any) -> None:
     update = {"w": normal(KEY, (3, 4), torch.float64), "scale": torch.tensor(0.7).double()}
     out = build(case).on_update(update, context(bench))
@@ -97,7 +110,7 @@ def test_scalars_and_empty_tensors_are_accepted(case: Case, bench: Any) -> None:
     assert bool(flat(build(case).on_update(zero, context(bench))).isfinite().all())
 
 
-@each_case
+@each_on_update
 def test_a_chain_of_one_gives_the_same_bits(case: Case, bench: Any) -> None:
     update, defense = gradient_of(bench), build(case)
     assert same(chain(defense).on_update(update, context(bench)), defense.on_update(update, context(bench)))
@@ -106,11 +119,11 @@ def test_a_chain_of_one_gives_the_same_bits(case: Case, bench: Any) -> None:
 
 @pytest.mark.parametrize("case", [(n, o) for n, several in NEUTRAL.items() for o in several], ids=label)
 def test_a_neutral_setting_is_the_identity(case: Case, norm_bench: Any) -> None:
-    update = gradient_of(norm_bench)
-    assert same(build(case).on_update(update, context(norm_bench)), update)
+    batch = norm_bench.batch(2)
+    assert same(sent(norm_bench, build(case), batch), sent(norm_bench, chain(), batch))
 
 
-@each_case
+@each_on_update
 def test_lifted_equals_looped(case: Case, norm_bench: Any) -> None:
     defense, keys = build(case), split(KEY, 3)
     updates = [gradient_of(norm_bench, 2, i) for i in range(3)]
@@ -121,7 +134,7 @@ def test_lifted_equals_looped(case: Case, norm_bench: Any) -> None:
         assert all(torch.allclose(lifted[n][i], one[n], rtol=1e-10, atol=1e-12) for n in one)
 
 
-@each_case
+@each_on_update
 def test_randomness_is_fresh_for_each_key_and_the_same_for_the_same(case: Case, bench: Any) -> None:
     update, defense = gradient_of(bench), build(case)
     first = defense.on_update(update, context(bench))
@@ -132,11 +145,13 @@ def test_randomness_is_fresh_for_each_key_and_the_same_for_the_same(case: Case, 
 @each_case
 def test_two_rounds_of_one_batch_differ_where_there_is_randomness_or_memory(case: Case, bench: Any) -> None:
     batch = bench.batch(2)
-    first, second = observe(bench.task, ThreatModel(batch_size=2), build(case), bench.weights, (batch, batch), KEY)
+    first, second = observe(
+        bench.task, ThreatModel(batch_size=2), build(case), bench.weights, (batch, batch), KEY, bench.public
+    )
     assert same(first.update, second.update) == (not draws(case) and not remembers(case))
 
 
-@each_case
+@each_on_update
 def test_the_tensors_of_an_update_are_treated_independently(case: Case, bench: Any) -> None:
     if not draws(case):
         return
@@ -145,6 +160,50 @@ def test_the_tensors_of_an_update_are_treated_independently(case: Case, bench: A
     out = build(case).on_update({"a": value, "b": value}, context(bench))
     left, right = out["a"] / value - 1, out["b"] / value - 1
     assert abs(float(torch.corrcoef(torch.stack([left, right]))[0, 1])) < 4.5 / math.sqrt(4000)
+
+
+# What holds for all, over a client's whole round.
+
+RULES = [SingleGradient(), LocalSGD(2, 0.3, 2)]
+
+
+@each_case
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_a_round_changes_what_is_sent_and_nothing_else(case: Case, rule: ClientRule, bench: Any) -> None:
+    batch = bench.batch(3)
+    given = [t.clone() for t in (*batch, *bench.weights.params.values())]
+    out, plain = sent(bench, build(case), batch, rule=rule), sent(bench, chain(), batch, rule=rule)
+    assert all(torch.equal(a, b) for a, b in zip(given, (*batch, *bench.weights.params.values()), strict=True))
+    assert list(out) == list(plain)
+    assert all((out[n].shape, out[n].dtype) == (plain[n].shape, plain[n].dtype) for n in plain)
+    assert bool(flat(out).isfinite().all())
+    assert not same(out, plain), "these options must do something"
+    assert any(out[name].any() for name in out), "a client that sends nothing has not taken part"
+
+
+@each_case
+def test_a_chain_of_one_sends_the_same_bits(case: Case, bench: Any) -> None:
+    batch, defense = bench.batch(2), build(case)
+    assert same(sent(bench, chain(defense), batch), sent(bench, defense, batch))
+
+
+@each_case
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_rounds_lifted_equal_rounds_looped(case: Case, rule: ClientRule, bench: Any) -> None:
+    defense, secrets = build(case), bench.secrets(3, 2)
+    (lifted,) = bench.see(secrets, ThreatModel(rule, batch_size=2), defense, seed=5)
+    keys = split(fold_in(new_key(5), "test client"), 3)
+    for i in range(3):
+        one = sent(bench, defense, Batch(*(part[i] for part in secrets[0])), keys[i], rule)
+        assert all(torch.allclose(lifted.update[n][i], one[n], rtol=1e-8, atol=1e-11) for n in one)
+
+
+@each_case
+def test_a_round_is_random_where_the_defense_draws(case: Case, bench: Any) -> None:
+    batch, defense = bench.batch(2), build(case)
+    first = sent(bench, defense, batch)
+    assert same(first, sent(bench, defense, batch))
+    assert same(first, sent(bench, defense, batch, fold_in(KEY, 1))) == (not draws(case))
 
 
 # Counters.
@@ -162,9 +221,9 @@ def test_every_defense_comes_with_a_counter(case: Case) -> None:
 
 def truth_loss(bench: Any, defense: Defense, counter: Counter, size: int, key: Tensor) -> tuple[Tensor, Tensors]:
     """The matching loss at the true batch, by the attacker's own simulation and comparison."""
-    threat = ThreatModel(batch_size=size, counter=counter)
+    threat = ThreatModel(batch_size=size, counter=counter, sees=frozenset({"weights", "update", "hints"}))
     batch = bench.batch(size)
-    (seen,) = observe(bench.task, threat, defense, bench.weights, (batch,), key)
+    (seen,) = observe(bench.task, threat, defense, bench.weights, (batch,), key, bench.public)
     facts = counter.facts(bench.task, (seen,))
     unknowns = counter.unknowns(bench.task, (seen,), KEY)
     candidate = {f"counter.{name}": value for name, value in unknowns.items()}
