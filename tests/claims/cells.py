@@ -1,0 +1,112 @@
+"""Keep what audits measured of every defense, for the table in docs/defenses.md: tests/claims/measured/cells.json.
+
+    python tests/claims/cells.py PRESET=DIR ...     read finished audits' report.json
+
+Each cell is one attack on one defense in one setting: the naive attacker, the worst who knows the defense, the best
+control, what a client pays, and a bound on any attack where there is one. docs/generate.py renders them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+from pathlib import Path
+from typing import Any
+
+from keyhole.report.verdict import FELL_FROM, NOT_BROKEN_UP_TO
+
+HERE = Path(__file__).parent
+KEPT = HERE / "measured" / "cells.json"
+
+Cell = dict[str, Any]
+Row = dict[str, Any]
+
+
+def load() -> list[Cell]:
+    """All cells, in the order of the table."""
+    return list(json.loads(KEPT.read_text())) if KEPT.exists() else []
+
+
+def save(cells: list[Cell]) -> None:
+    """Write all cells, one a line, so that a changed number is a changed line."""
+    KEPT.write_text("[\n" + ",\n".join(json.dumps(cell) for cell in cells) + "\n]\n")
+
+
+def merge(cells: list[Cell], audit: str, new: list[Cell]) -> list[Cell]:
+    """Cells with those of one audit replaced, at the place where they were."""
+    place = next((i for i, cell in enumerate(cells) if cell["audit"] == audit), len(cells))
+    others = [cell for cell in cells if cell["audit"] != audit]
+    return [*others[:place], *new, *others[place:]]
+
+
+def cells_of(audit: str, report: dict[str, Any], day: str) -> list[Cell]:
+    """Every attack x defense cell of a report.
+
+    Args:
+        audit: its preset.
+        report: a report.json of a complete audit.
+        day: when it was measured.
+    """
+    if not report["complete"]:
+        raise SystemExit(f"the audit of {audit} is not complete; run it to the end first")
+    groups: dict[tuple[str, str, str], list[Row]] = {}
+    for row in report["rows"]:
+        if row["n"] and not row["attack"].startswith("labels_only"):
+            groups.setdefault((row.get("setting", ""), row["defense"], row["attack"]), []).append(row)
+    found = []
+    for (setting, defense, attack), rows in groups.items():
+        naive = [row for row in rows if row["attacker"] == "naive"]
+        adaptive = [row for row in rows if row["attacker"].startswith("adaptive:")]
+        controls = [row["leak_rate"]["value"] for row in rows if row["attacker"].startswith("control:")]
+        attacks = [*naive, *adaptive]
+        if not attacks:
+            continue
+        worst = max(attacks, key=lambda row: (row["leak_rate"]["value"], row["ssim"]["median"]))
+        cell: Cell = {"audit": audit, "setting": setting, "task": worst["task"], "state": worst["state"]}
+        cell |= {"defense": defense, "attack": attack, "n": worst["n"], "networks": worst["networks"]}
+        cell["naive"] = _brief(naive[0]) if naive else None
+        cell["adaptive"] = _brief(max(adaptive, key=_leakiness)) if adaptive else None
+        cell["controls"] = max(controls, default=None)
+        cell["lift"] = worst["lift"]
+        cell["client_seconds"] = worst.get("client_seconds")
+        cell["bound"] = worst.get("bound")
+        cell["level"] = level(naive, attacks)
+        found.append({**cell, "date": day})
+    return found
+
+
+def _leakiness(row: Row) -> tuple[float, float]:
+    return row["leak_rate"]["value"], row["ssim"]["median"]
+
+
+def _brief(row: Row) -> Cell:
+    return {
+        "attacker": row["attacker"],
+        "leak_rate": row["leak_rate"],
+        "ssim": row["ssim"]["median"],
+        "psnr": row["psnr"]["median"],
+    }
+
+
+def level(naive: list[Row], attacks: list[Row]) -> str:
+    """How the defense did, in the report's own levels."""
+    if any(row["leak_rate"]["value"] >= FELL_FROM for row in naive):
+        return "fell to naive"
+    worst = max(row["leak_rate"]["value"] for row in attacks)
+    return "fell" if worst >= FELL_FROM else "partly" if worst > NOT_BROKEN_UP_TO else "not broken"
+
+
+def main() -> None:
+    """Read reports and keep their cells."""
+    parser = argparse.ArgumentParser(description="Keep what audits measured of every defense.")
+    parser.add_argument("measured", nargs="+", metavar="PRESET=DIR", help="finished audits")
+    cells, today = load(), datetime.date.today().isoformat()
+    for given in parser.parse_args().measured:
+        audit, _, folder = given.partition("=")
+        cells = merge(cells, audit, cells_of(audit, json.loads((Path(folder) / "report.json").read_text()), today))
+    save(cells)
+
+
+if __name__ == "__main__":
+    main()
