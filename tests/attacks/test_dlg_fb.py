@@ -186,12 +186,12 @@ def test_feedback_saves_evaluations_where_images_are_alike(networks: int, bench:
         attack = dlg_fb(feedback=feedback, warmup=1, steps=250, tolerance=1e-6)
         secrets, solved = run(bench, attack, rounds, networks=networks)
         for i, one in enumerate(solved):
-            assert [status for status, _ in one.rounds] == ["converged"] * rounds
-            assert one.evaluations == sum(count for _, count in one.rounds)
+            assert [status for status, _, _ in one.rounds] == ["converged"] * rounds
+            assert one.evaluations == sum(count for _, count, _ in one.rounds)
             assert one.reconstruction.inputs.shape == (rounds, 1, 8, 8)
             truth = torch.cat([s.inputs[i] for s in secrets])
             assert float((one.reconstruction.inputs - truth).square().mean()) < 1e-3
-        spent[feedback] = [[count for _, count in one.rounds] for one in solved]
+        spent[feedback] = [[count for _, count, _ in one.rounds] for one in solved]
     for with_it, without in zip(spent[True], spent[False], strict=True):
         assert with_it[0] == without[0], "the first update has nothing to learn from"
         assert sum(with_it[1:]) < 0.8 * sum(without[1:])

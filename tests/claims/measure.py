@@ -69,9 +69,8 @@ def measure_report(how: dict[str, Any], report: Report, folder: Path) -> tuple[f
         return number(pick(rows, how)[how["value"]])
     if how["kind"] == "comparison":
         return number(pick(report["comparisons"], how)[how["value"]])
-    if how["kind"] == "change":  # of one attack's value to another's, in percent
-        new, _ = number(pick(rows, how)[how["value"]])
-        old, _ = number(pick(rows, {**how, "attack": how["to"]})[how["value"]])
+    if how["kind"] == "change":  # of one attack's mean to that of the one it is compared with, in percent
+        new, old = pick(report["comparisons"], how)[how["value"]]
         return 100.0 * (new / old - 1.0), None
     if how["kind"] == "highest_control":
         controls = [r for r in rows if r["attacker"].startswith("control:")]

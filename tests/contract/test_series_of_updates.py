@@ -108,6 +108,9 @@ def test_a_series_is_told_update_by_update(name: str, make_setup: Any, make_tria
     assert {len(values) for values in metrics.values()} == {6}
     assert result.reconstructions[trial.hash].shape == (6, 1, 8, 8)
     assert sum(metrics["evaluations"][::2]) == outcome.evaluations
+    # Feedback begins after two successes; without feedback nothing is ever carried over.
+    solved = [sum(metrics["matched"][:place:2]) >= 2 for place in (0, 2, 4)]
+    assert metrics["carried"][::2] == [float(hit and name == "dlg_fb") for hit in solved]
     for place in (0, 2, 4):
         assert metrics["evaluations"][place] == metrics["evaluations"][place + 1]
         assert metrics["matched"][place] == metrics["matched"][place + 1]
@@ -124,7 +127,7 @@ def test_a_guess_stands_for_an_image_of_its_own_update(
     def swapped(attack: Any, task: Any, threat: Any, seen: Any, *rest: Any) -> list[Solved]:
         truth = task.bounds.from_pixels(setup.data.target.images[[1, 0]])
         answer = Reconstruction(truth, None, torch.zeros((), dtype=truth.dtype))
-        return [Solved(answer, "converged", 2, (), (("converged", 1), ("converged", 1)))]
+        return [Solved(answer, "converged", 2, (), (("converged", 1, False), ("converged", 1, False)))]
 
     monkeypatch.setattr(runner, "solve", swapped)
     (outcome,) = run_group(Group((make_trial("idlg", {}, (0, 1)),)), setup).outcomes

@@ -16,8 +16,10 @@ from keyhole.core.keys import new_key, split
 from keyhole.core.registry import ATTACKS, DEFENSES
 from keyhole.core.threat import ThreatModel
 from keyhole.core.trial import Spec
-from keyhole.experiment.plan import Group
+from keyhole.experiment.plan import Group, choose, plan
 from keyhole.experiment.run import run_group
+from keyhole.experiment.setup import prepare
+from keyhole.experiment.spec import parse_experiment
 from keyhole.solve.drive import solve
 from keyhole.solve.lift import Shared
 
@@ -111,6 +113,44 @@ def test_in_every_rule_and_mode(name: str, case: str, make_setup: Any, make_tria
     assert abs(outcome.facts["truth_loss"]) < 1e-14
     assert max(outcome.metrics["mse"]) < 1e-14
     assert min(outcome.metrics["ssim"]) > 1 - 1e-9
+
+
+@pytest.mark.parametrize(
+    ("chain", "client", "stays"),
+    [
+        (("top_k",), {}, True),
+        (("top_k",), {"rounds": 3}, True),
+        (("top_k",), {"series": 2}, False),
+        (("random_masking",), {"rounds": 3}, True),
+        (("random_masking", "clip"), {}, True),
+        (("random_masking", "clip"), {"rounds": 3}, False),
+        (("random_masking", "top_k"), {"rounds": 2}, False),
+        (("clip", "prune"), {"rounds": 3}, False),  # nothing is drawn here, but the chain cannot know
+        (("clip", "prune"), {"series": 2}, True),
+        (("gaussian_noise",), {}, False),
+    ],
+)
+def test_the_plan_runs_it_only_where_the_promise_holds(
+    chain: tuple[str, ...], client: dict[str, int], stays: bool, tmp_path: Any
+) -> None:
+    raw = {
+        "data": {"name": "digits"},
+        "model": {"name": "mlp"},
+        "client": client,
+        "attacks": [{"name": "idlg", "steps": 5}],
+        "defenses": [{"chain": [{"name": name, **dict(PAIRS)[name]} for name in chain]}],
+        "run": {"samples": 2},
+    }
+    experiment = parse_experiment(raw)
+    setup = prepare(experiment, torch.device("cpu"))
+    chosen = choose(experiment, setup, [])
+    trials = [t for group in plan(experiment, setup, chosen) for t in group.trials if t.attacker == "check:truth"]
+    assert any(not t.defense for t in trials)
+    checked = [t for t in trials if t.defense]
+    assert bool(checked) == stays
+    for trial in checked[:1]:
+        (outcome,) = run_group(Group((trial,)), setup).outcomes
+        assert abs(outcome.facts["truth_loss"]) < 1e-9
 
 
 @each_iterative

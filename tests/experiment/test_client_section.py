@@ -125,7 +125,7 @@ TRAIN_MODE = {"name": "mlp", "batchnorm": "train_shared"}
             for key, value in {"clients": 2, "rounds": 2, "epochs": 2, "lr": 0.1, "batch_size": 2, "alpha": 0.5}.items()
         ),
         ({"state": {"train": "early", "clients": 0}}, "state.clients: input should be greater than or equal to 1"),
-        ({"state": {"train": "early", "alpha": 0.0}}, "state.alpha: input should be greater than 0"),
+        ({"state": {"train": "early", "alpha": 0.0}}, "state.alpha: input should be greater than or equal to 0.001"),
         ({"model": {"name": "mlp", "batchnorm": "train"}}, "model.batchnorm: input should be 'eval', 'train_shared'"),
         ({"model": {"name": "mlp", "dropout": "on"}}, "model.dropout: input should be 'off' or 'active'"),
     ],

@@ -139,7 +139,8 @@ def test_what_the_whole_file_says_is_overridden_for_all(tmp_path: Path) -> None:
         '[data]\nname = "digits"\n[model]\nname = "mlp"\n[[attacks]]\nname = "idlg"\n'
         '[[settings]]\nname = "a"\n[[settings]]\nname = "b"\nrun.samples = 4\n'
     )
-    assert [e.run.samples for e in load_study(str(path), ["run.samples=2"]).experiments] == [2, 4]
+    assert [e.run.samples for e in load_study(str(path), ["run.samples=2"]).experiments] == [2, 2]
+    assert [e.run.samples for e in load_study(str(path), ["settings.1.run.samples=8"]).experiments] == [16, 8]
     assert load_study(str(path)).title == "mine"
 
 

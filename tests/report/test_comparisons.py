@@ -102,6 +102,22 @@ class TestVariants:
         assert 0 < test.success.low < test.success.high <= 1
         assert test.evaluations.low < test.evaluations.value < test.evaluations.high
 
+    def test_only_updates_that_something_was_carried_over_to(self) -> None:
+        found = []
+        for first in range(0, 12, 3):
+            rows = {"episode": (first, first + 1, first + 2), "batch_size": 1, "matched": [1.0] * 3}
+            found += [
+                outcome([0.5, 0.9, 0.9], attack=fb(True), **rows, evaluations=[300.0, 90, 60], carried=[0.0, 1, 1]),
+                outcome([0.5, 0.3, 0.5], attack=fb(False), **rows, evaluations=[300.0] * 3, carried=[0.0] * 3),
+            ]
+        report = report_of(found)
+        (test,) = of_kind(report, "attack")
+        assert (test.n, test.spent, test.solved) == (8, (75.0, 300.0), (1.0, 1.0))
+        assert test.difference.value == pytest.approx((0.6 + 0.4) / 2)
+        assert test.evaluations.value == pytest.approx(-225)
+        # Rows still count every image.
+        assert [row.n for row in report.rows] == [12, 12]
+
     def test_updates_of_several_images_count_once(self) -> None:
         found = [
             outcome([0.9] * 4, attack=fb(True), batch_size=2, matched=[1.0, 1.0, 0.0, 0.0], evaluations=[8.0] * 4),

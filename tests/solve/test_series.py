@@ -79,6 +79,9 @@ class Last(SequentialAttack):
     def next_start(self, memory: Tensors, images: Tensor) -> Tensor:
         return torch.where(memory["seen"] > 0, memory["last"], images)
 
+    def carries(self, memory: Tensors) -> Tensor:
+        return memory["seen"] > 0
+
     def learn(self, memory: Tensors, reconstruction: Reconstruction) -> Tensors:
         return {"last": reconstruction.inputs, "seen": memory["seen"] + 1}
 
@@ -115,7 +118,7 @@ def test_every_update_is_solved_from_its_own_start() -> None:
         expected = torch.stack([reached(STARTS[trial, 0, r], CENTRES[r, trial], 10) for r in range(ROUNDS)])
         assert torch.allclose(one.reconstruction.inputs, expected, rtol=1e-12)
         assert torch.equal(one.reconstruction.targets, one.reconstruction.inputs[:, :2])
-        assert one.rounds == (("budget", 10),) * ROUNDS
+        assert one.rounds == (("budget", 10, False),) * ROUNDS
         assert (one.status, one.evaluations) == ("budget", 10 * ROUNDS)
         scores = 0.5 * (expected - CENTRES[:, trial]).square().sum(1)
         assert torch.allclose(one.reconstruction.score, scores.mean(), rtol=1e-12)
@@ -160,12 +163,13 @@ def test_what_was_found_enters_the_first_start_alone() -> None:
 
 def test_the_status_of_a_learner_is_its_own_and_the_worst_counts() -> None:
     spent = run(Last(Bowl(), good=1e-30))
-    assert [one.rounds for one in spent] == [(("budget", 10),) * ROUNDS] * TRIALS
+    carried = (("budget", 10, True),) * (ROUNDS - 1)
+    assert [one.rounds for one in spent] == [(("budget", 10, False), *carried)] * TRIALS
     # From far away ten steps are too few, from the last image they are enough.
     near = CENTRES[:1].expand(ROUNDS, -1, -1) + 0.001 * CENTRES
     far = STARTS * 100
     solved = run(Last(Bowl(), good=1e-4), see(centres=near), far)
-    assert [[s for s, _ in one.rounds] for one in solved] == [
+    assert [[s for s, _, _ in one.rounds] for one in solved] == [
         ["budget", "converged", "converged", "converged"]
     ] * TRIALS
     assert [one.status for one in solved] == ["budget"] * TRIALS
@@ -174,7 +178,7 @@ def test_the_status_of_a_learner_is_its_own_and_the_worst_counts() -> None:
 def test_a_sick_update_diverges_and_leaves_the_others_alone() -> None:
     for attack in (Bowl(tolerance=1e-2), Last(Bowl())):
         sick, well = run(attack, see(sick=[(1, 0)])), run(attack)
-        assert [s for s, _ in sick[0].rounds][1] == "diverged"
+        assert [s for s, _, _ in sick[0].rounds][1] == "diverged"
         assert sick[0].status == "diverged"
         for trial in (1, 2):
             assert torch.equal(sick[trial].reconstruction.inputs, well[trial].reconstruction.inputs)
@@ -225,7 +229,7 @@ def test_progress_rises_over_all_updates() -> None:
 
 def test_the_limit_is_of_each_update() -> None:
     for one in run(Bowl(), watch=Watch(limit=7)):
-        assert [count for _, count in one.rounds] == [7] * ROUNDS
+        assert [count for _, count, _ in one.rounds] == [7] * ROUNDS
 
 
 # Paused and resumed

@@ -48,8 +48,12 @@ class FeedbackBlending(SequentialAttack):
 
     def next_start(self, memory: Tensors, images: Tensor) -> Tensor:
         """The blend, once there is one."""
-        ready = (memory["successes"] >= self.warmup) & torch.tensor(self.feedback, device=images.device)
-        return torch.where(ready, memory["blend"], images)
+        return torch.where(self.carries(memory), memory["blend"], images)
+
+    def carries(self, memory: Tensors) -> Tensor:
+        """From ``warmup`` successes on, where there is feedback at all."""
+        successes = memory["successes"]
+        return (successes >= self.warmup) & torch.tensor(self.feedback, device=successes.device)
 
     def learn(self, memory: Tensors, reconstruction: Reconstruction) -> Tensors:
         """Blend a success in."""

@@ -108,5 +108,9 @@ class SequentialAttack(Attack):
         """The memory after an update was worked on."""
 
     @abstractmethod
+    def carries(self, memory: Tensors) -> Tensor:
+        """Whether `next_start` gives something else than what it is given, a boolean scalar."""
+
+    @abstractmethod
     def matched(self, reconstruction: Reconstruction) -> Tensor:
         """Whether the attacker counts the reconstruction as a success, a boolean scalar; by its own score only."""

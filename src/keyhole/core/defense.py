@@ -67,6 +67,8 @@ class Counter:
     """Whether it can only undo what nothing acted on afterwards, as the rounding of a quantiser."""
     distance: Distance | None = None
     """Replaces the attack's distance where the defense's noise has another likelihood."""
+    free_distance: Distance | None = None
+    """Stands in for ``distance`` beside a scale-free counter, which takes away the scale that it is stated in."""
     then: Any = None
     """A second attack on what the first one found, where the defense calls for it. The images found are its fact
     ``found.inputs``, (r, *shape)."""
@@ -94,6 +96,10 @@ class Counter:
     def compare(self, simulated: Tensors, observed: Tensors, facts: Tensors) -> tuple[Tensors, Tensors]:
         """What of the simulated and of the observed update is compared, before the distance."""
         return simulated, observed
+
+    def truth_stays(self, rounds: int, series: int) -> bool:
+        """Whether the loss is zero at the truth, for so many updates of one batch or of different ones."""
+        return self.truth_loss == "zero"
 
     def expected_truth_loss(self, observed: Tensors) -> tuple[float, float]:
         """Mean and deviation of the distance at the truth in one round, where ``truth_loss`` is "law"."""
@@ -210,13 +216,21 @@ class CounterChain(Counter):
         undone = not any(part.last for part in parts[:-1])
         self.truth_loss = "zero" if laws == {"zero"} and undone else "none"
         self.scale_free = all(part.scale_free for part in parts)
-        self.distance = next((part.distance for part in reversed(parts) if part.distance is not None), None)
+        noisy = next((part for part in reversed(parts) if part.distance is not None), None)
+        free = noisy is not None and any(part.scale_free for part in parts) and noisy.free_distance is not None
+        self.distance = None if noisy is None else noisy.free_distance if free else noisy.distance
         self.then = next((part.then for part in parts if part.then is not None), None)
 
     def combine(self, updates: Tensors) -> Tensors:
         """As the part says that acts on what the client did last, among those that do not just average."""
         special = [part for part in self.parts if type(part).combine is not Counter.combine]
         return special[-1].combine(updates) if special else super().combine(updates)
+
+    def truth_stays(self, rounds: int, series: int) -> bool:
+        """Over several rounds of one batch only where no part acts on what another one drew afresh in each."""
+        special = any(type(part).combine is not Counter.combine for part in self.parts)
+        alone = rounds == 1 or not special or len(self.parts) == 1
+        return self.truth_loss == "zero" and alone and all(part.truth_stays(rounds, series) for part in self.parts)
 
     def facts(self, task: Task, seen: tuple[Observation, ...]) -> Tensors:
         """Facts of all parts, prefixed with their position."""

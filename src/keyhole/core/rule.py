@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -92,7 +93,7 @@ class LocalSGD:
 
     def __post_init__(self) -> None:
         check_range("client.epochs", self.epochs, 1)
-        check_range("client.lr", self.lr, 0, open_low=True)
+        check_range("client.lr", self.lr, 0, math.inf, open_low=True, open_high=True)
         check_range("client.batch_size", self.batch_size, 1)
 
     def __call__(self, gradient: GradFn, weights: Weights, batch: Batch, key: Key) -> Upload:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -50,7 +51,7 @@ class Clip(Defense):
     scale: Literal["absolute", "update"] = "absolute"
 
     def __post_init__(self) -> None:
-        check_range("norm", self.norm, 0, open_low=True)
+        check_range("norm", self.norm, 0, math.inf, open_low=True, open_high=True)
 
     def on_update(self, update: Tensors, ctx: Context) -> Tensors:
         """The update, no longer than the threshold."""

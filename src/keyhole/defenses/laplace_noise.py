@@ -21,6 +21,9 @@ from keyhole.parts.distances import RelativeL1
 CORNER = 0.5
 """Radius of the likelihood's rounded corner in units of b: small beside the noise, and not too sharp for L-BFGS."""
 
+FREE_CORNER = 0.05
+"""The same in units of the update's root mean square, for chains whose clipping hides how large b is beside it."""
+
 
 class Likelihood(Counter):
     """Match by the likelihood of the noise, which for Laplace noise is the sum of absolute differences.
@@ -42,6 +45,7 @@ class Likelihood(Counter):
         self._known = b if scale == "absolute" else b / math.sqrt(1.0 + 2.0 * b**2)
         self._distance = RelativeL1(CORNER * self._known, scale)
         self.distance = self._distance
+        self.free_distance = RelativeL1(FREE_CORNER, "rms")
 
     def combine(self, updates: Tensors) -> Tensors:
         """The median over rounds, an entry's likeliest value under this noise; midway between two for even numbers."""

@@ -33,6 +33,10 @@ class Accumulated(Survivors):
         """The gradient behind all rounds; zero where nothing was ever sent."""
         return map_tensors(self._undo, updates)
 
+    def truth_stays(self, rounds: int, series: int) -> bool:
+        """Not on different batches: later updates hold what waited from earlier ones."""
+        return series == 1
+
     def _undo(self, values: torch.Tensor) -> torch.Tensor:
         # The client's own recursion, run on a gradient of 1.
         velocity, grown, total = (torch.zeros_like(values[0]) for _ in range(3))

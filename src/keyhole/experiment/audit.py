@@ -17,7 +17,7 @@ from torch import Tensor
 from keyhole.core.belief import Belief
 from keyhole.core.defense import Context
 from keyhole.core.keys import new_key
-from keyhole.core.registry import BELIEFS, RULES
+from keyhole.core.registry import ATTACKS, BELIEFS, RULES
 from keyhole.experiment.plan import Chosen, Group, build_defense, choose, compose, plan, plan_tuning
 from keyhole.experiment.setup import Setup, find_device, prepare
 from keyhole.experiment.spec import AttackEntry, Experiment, Study
@@ -177,7 +177,7 @@ def _keep_secrets(both: Sequence[tuple[Experiment, Setup]], store: Store) -> Non
 def threat_in_words(experiment: Experiment) -> str:
     """The row string of the threat model."""
     client = experiment.client
-    labels = ", ".join(sorted({str(e.spec.asdict().get("labels", "-")) for e in experiment.attacks}))
+    labels = ", ".join(_label_rules(experiment)) or "-"
     rule = RULES.build(client.rule, **client.spec.asdict())
     parts = [f"{rule.describe()}, {client.size} image{'s' * (client.size != 1)}"]
     if client.labels != "any":
@@ -199,7 +199,15 @@ def _belief(experiment: Experiment) -> Belief:
     return belief
 
 
+def _label_rules(experiment: Experiment) -> list[str]:
+    """Where the attacks have labels from, of the inner attack where there is one."""
+    attacks = [ATTACKS.build(entry.spec.name, **entry.spec.asdict()) for entry in experiment.attacks]
+    found = {getattr(getattr(attack, "inner", attack), "labels", None) for attack in attacks}
+    return sorted(str(rule) for rule in found if rule is not None)
+
+
 _LABELS = {
+    "optimised": "The attacker optimises the labels beside the images.",
     "given": "The attacker is told the labels.",
     "random": "The attacker guesses the labels at random.",
 }
@@ -218,8 +226,10 @@ def assumptions_in_words(experiment: Experiment, setup: Setup) -> tuple[str, ...
     client = experiment.client
     sees = set(experiment.sees)
     images = "one image" if client.size == 1 else f"{client.size} images together"
-    rules = sorted({str(e.spec.asdict()["labels"]) for e in experiment.attacks if "labels" in e.spec.asdict()})
-    told = " ".join(_LABELS.get(rule, f"It recovers the labels from the update (rule: {rule}).") for rule in rules)
+    told = " ".join(
+        _LABELS.get(rule, f"It recovers the labels from the update (rule: {rule}).")
+        for rule in _label_rules(experiment)
+    )
     what = RULES.build(client.rule, **client.spec.asdict()).describe()
     often = "once" if client.rounds == 1 else f"{client.rounds} times, each from the same weights"
     sentences = [

@@ -9,7 +9,10 @@ from keyhole.errors import ConfigError
 
 
 def override(raw: dict[str, Any], change: str) -> None:
-    """Apply ``section.key=value``; numbers in the path index lists, and the value is TOML or else a plain string."""
+    """Apply ``section.key=value``; numbers in the path index lists, and the value is TOML or else a plain string.
+
+    Where settings have a value of their own for the key, it is changed there too.
+    """
     path, equals, text = change.partition("=")
     if not equals or not path.strip():
         raise ConfigError(f"--set '{change}' must be written as key=value, such as run.samples=4.")
@@ -17,8 +20,27 @@ def override(raw: dict[str, Any], change: str) -> None:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text.strip()
-    here: Any = raw
-    *parents, last = path.strip().split(".")
+    _apply(raw, path.strip(), value, change)
+    settings = raw.get("settings", [])
+    for setting in settings if isinstance(settings, list) else []:
+        if _has(setting, path.strip().split(".")):
+            _apply(setting, path.strip(), value, change)
+
+
+def _has(here: Any, path: list[str]) -> bool:
+    for part in path:
+        if isinstance(here, list) and part.isdigit() and int(part) < len(here):
+            here = here[int(part)]
+        elif isinstance(here, dict) and part in here:
+            here = here[part]
+        else:
+            return False
+    return True
+
+
+def _apply(raw: Any, path: str, value: Any, change: str) -> None:
+    here = raw
+    *parents, last = path.split(".")
     for part in parents:
         here = _enter(here, part, change)
     if isinstance(here, list):

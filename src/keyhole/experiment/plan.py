@@ -137,7 +137,7 @@ def _truth_stays(experiment: Experiment, spec: Spec, defense: Defense) -> bool:
     counters, client = defense.counters(), experiment.client
     iterative = isinstance(ATTACKS.build(spec.name, **spec.asdict()), IterativeAttack)
     known = not RULES.build(client.rule, **client.spec.asdict()).order_matters(client.size)
-    return iterative and known and (not counters or counters[0].truth_loss == "zero")
+    return iterative and known and (not counters or counters[0].truth_stays(client.rounds, client.series))
 
 
 def _for_check(spec: Spec) -> Spec:

@@ -54,8 +54,10 @@ class Answer:
     history: tuple[tuple[int, float], ...] = ()
     facts: dict[str, float] = field(default_factory=dict)
     detail: str = ""
-    rounds: tuple[tuple[Status, int], ...] = ()
-    """Status and evaluations of each update of a series."""
+    rounds: tuple[tuple[Status, int, bool], ...] = ()
+    """Of each update of a series the status, the evaluations, and whether it was started from earlier ones."""
+    judges: bool = False
+    """Whether the attack itself says when an update is solved."""
     notes: dict[str, list[float]] = field(default_factory=dict)
     """What the defense put on record."""
     client_seconds: float = 0.0
@@ -151,6 +153,7 @@ def _answers(group: Group, setup: Setup, watch: Watch) -> list[Answer]:
             evaluations=one.evaluations,
             history=one.history,
             rounds=one.rounds,
+            judges=isinstance(attack, SequentialAttack) or getattr(attack, "tolerance", 0.0) > 0,
             facts={**fact, "truth_loss": float(one.reconstruction.score)} if is_check else fact,
             detail=defense.remark(note)
             if math.isfinite(fact.get("update_norm", 0.0))
@@ -278,10 +281,13 @@ def _score(result: GroupResult, trial: Trial, answer: Answer, setup: Setup, seco
         ]
         metrics["label_accuracy"] = [float(overlap) for overlap in overlaps for _ in range(size)]
     if answer.evaluations > 1 and trial.attacker.partition(":")[0] in ("naive", "adaptive"):
-        ends = answer.rounds or ((answer.status, answer.evaluations),)
+        ends = answer.rounds or ((answer.status, answer.evaluations, False),)
         each = len(rows) // len(ends)
-        metrics["evaluations"] = [float(count) for _, count in ends for _ in range(each)]
-        metrics["matched"] = [float(status == "converged") for status, _ in ends for _ in range(each)]
+        metrics["evaluations"] = [float(count) for _, count, _ in ends for _ in range(each)]
+        if answer.judges:
+            metrics["matched"] = [float(status == "converged") for status, _, _ in ends for _ in range(each)]
+        if answer.rounds:
+            metrics["carried"] = [float(carried) for _, _, carried in ends for _ in range(each)]
     candidates = setup.data.candidates
     if len(candidates) >= ENOUGH_CANDIDATES:
         metrics["identified"] = identified(guess, truth, setup.images(candidates)).tolist()

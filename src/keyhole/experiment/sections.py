@@ -65,9 +65,9 @@ class StateSection(_Section):
     clients: int | None = Field(default=None, ge=1)
     rounds: int | None = Field(default=None, ge=1)
     epochs: int | None = Field(default=None, ge=1)
-    lr: float | None = Field(default=None, gt=0)
+    lr: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     batch_size: int | None = Field(default=None, ge=1)
-    alpha: float | None = Field(default=None, gt=0)
+    alpha: float | None = Field(default=None, ge=1e-3, le=1e6)
 
     @property
     def trained(self) -> bool:
@@ -87,7 +87,7 @@ class ClientSection(_Section):
     images: int | None = Field(default=None, ge=1)
     """Images behind one update, for ``sgd``; by default ``batch_size``."""
     epochs: int | None = Field(default=None, ge=1)
-    lr: float | None = Field(default=None, gt=0)
+    lr: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     order: Literal["fixed", "shuffled"] | None = None
     labels: Literal["any", "distinct", "equal"] = "any"
     """Which images come together: as they lie in the pool, of distinct classes, or all of one class."""

@@ -7,6 +7,7 @@ method needs no entry here. A list where one value is expected means one cell fo
 from __future__ import annotations
 
 import itertools
+import os
 import re
 import tomllib
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ import keyhole.zoo  # noqa: F401  (these imports fill the registries)
 from keyhole.core.registry import ATTACKS, BELIEFS, DEFENSES, LABELS, MODELS, RULES
 from keyhole.core.rule import LocalSGD
 from keyhole.core.trial import Spec
-from keyhole.errors import ConfigError, UnknownName
+from keyhole.errors import ConfigError, UnknownName, cause
 from keyhole.experiment.options import knobs, method, resolve, sentence
 from keyhole.experiment.overrides import override
 from keyhole.experiment.sections import (
@@ -65,10 +66,13 @@ def load_study(source: str, overrides: Sequence[str] = ()) -> Study:
         ConfigError: in one sentence, what is wrong, where, and what is accepted.
     """
     path = Path(source)
-    if source.endswith(".toml") or path.is_file():
-        if not path.is_file():
+    if source.endswith(".toml") or os.path.isfile(path):
+        if not os.path.isfile(path):
             raise ConfigError(f"there is no audit file '{source}'.")
-        text, title = path.read_text(errors="replace"), path.stem
+        try:
+            text, title = path.read_text(errors="replace"), path.stem
+        except OSError as error:
+            raise ConfigError(f"the audit file '{source}' cannot be read ({cause(error)}).") from error
     else:
         known = presets()
         if source not in known:
@@ -271,13 +275,25 @@ def _attack(raw: dict[str, Any], where: str, labels: str | None) -> AttackEntry:
         raise ConfigError(f"{where} tune must be a table of lists, such as tune = {{ tv = [0.0, 1e-4] }}.")
     name = raw.get("name")
     if labels is not None and isinstance(name, str) and name in ATTACKS and "labels" in knobs(ATTACKS.card(name)):
-        raw.setdefault("labels", labels)
+        raw = _with_labels(raw, labels, where)
     spec = method(ATTACKS, raw, where)
     grid = {
         option: [method(ATTACKS, {**raw, option: value}, f"{where} tune").asdict()[option] for value in values]
         for option, values in tune.items()
     }
     return AttackEntry(spec=spec, tune=grid)
+
+
+def _with_labels(raw: dict[str, Any], labels: str, where: str) -> dict[str, Any]:
+    """The file's label rule for an attack that names none and takes one; some optimise labels under other options."""
+    if "labels" in raw:
+        return raw
+    method(ATTACKS, raw, where)
+    try:
+        method(ATTACKS, {**raw, "labels": labels}, where)
+    except ConfigError:
+        return raw
+    return {**raw, "labels": labels}
 
 
 def _chains(raw: dict[str, Any], where: str) -> list[tuple[Spec, ...]]:

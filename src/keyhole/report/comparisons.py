@@ -52,6 +52,10 @@ class Comparison:
     """Mean difference in gradient evaluations spent on the update behind an image."""
     labels: Estimate = Estimate()
     """Mean difference in the overlap of recovered and true labels, of batches that both attacked."""
+    solved: tuple[float, float] = (math.nan, math.nan)
+    """Share of the compared updates that each side counts as solved."""
+    spent: tuple[float, float] = (math.nan, math.nan)
+    """Mean evaluations of each side for a compared update."""
 
 
 def compare(groups: Sequence[Group], settings: Sequence[Setting]) -> tuple[Comparison, ...]:
@@ -94,6 +98,8 @@ def _variants(groups: Sequence[Group]) -> Iterator[Comparison]:
 def _paired(kind: Literal["knowledge", "setting", "attack"], group: Group, other: Group, against: str) -> Comparison:
     """One comparison; rows of different data are different images, whatever their numbers."""
     same = group.sources == other.sources
+    if kind == "attack" and same:
+        group, other = _where_carried(group, other)
     pictured = same and group.method != LABELS_ONLY
     both = group.entries.keys() & other.entries.keys() if pictured else set()
     ssim = matrix({key: group.entries[key].ssim - other.entries[key].ssim for key in both})
@@ -112,13 +118,35 @@ def _paired(kind: Literal["knowledge", "setting", "attack"], group: Group, other
         success=share_difference(matrix(shared["matched"])),
         evaluations=mean(matrix(shared["evaluations"])),
         labels=overlap_difference(labels),
+        solved=_means("matched", group, other) if same else (math.nan, math.nan),
+        spent=_means("evaluations", group, other) if same else (math.nan, math.nan),
     )  # fmt: skip
+
+
+def _where_carried(group: Group, other: Group) -> tuple[Group, Group]:
+    """Only updates whose start one of the two carried over from earlier ones, where either does so at all.
+
+    Before its warm-up an attack with feedback is the attack without: to count those updates would dilute what it adds.
+    """
+    carried = [key for one in (group, other) for key, value in one.by_update("carried").items() if value]
+    if not carried:
+        return group, other
+    return group.only(set(carried)), other.only(set(carried))
 
 
 def _by_update(metric: str, group: Group, other: Group) -> dict[UpdateKey, float]:
     """Differences of a metric that all images of an update share, once for each update."""
     mine, theirs = group.by_update(metric), other.by_update(metric)
     return {key: mine[key] - theirs[key] for key in mine.keys() & theirs.keys()}
+
+
+def _means(metric: str, group: Group, other: Group) -> tuple[float, float]:
+    """The mean of each side over the updates that both have."""
+    mine, theirs = group.by_update(metric), other.by_update(metric)
+    both = mine.keys() & theirs.keys()
+    if not both:
+        return math.nan, math.nan
+    return math.fsum(mine[key] for key in both) / len(both), math.fsum(theirs[key] for key in both) / len(both)
 
 
 def _over_networks(differences: Matrix) -> Matrix:

@@ -38,7 +38,8 @@ BOUNDS_NOTE = (
 VARIANTS_NOTE = (
     "Attack minus the one it is compared with, on the same updates. Solved: updates that the attack itself counts as "
     "matched, in percentage points. Evaluations: of the gradient, for the update behind an image. The updates of one "
-    "series are taken as separate, although the attack carries something over. Wilcoxon signed-rank test on SSIM, not "
+    "series are taken as separate, although the attack carries something over; where one of the two does, only updates "
+    "whose start was carried over count. Wilcoxon signed-rank test on SSIM, not "
     "corrected for the number of tests."
 )
 
@@ -100,17 +101,18 @@ def strengths_table(report: Report) -> list[Line]:
     for line in report.strengths:
         tried = f"{line.option} {', '.join(f'{s:g}' for s in line.strengths)}"
         counted = "leaks" if line.rule == "leak" else f"SSIM ≥ {SIMILAR_SSIM:g}"
-        held = (_held(one) for one in (line.naive, line.adaptive))
+        held = (_held(one, line.strengths[0]) for one in (line.naive, line.adaptive))
         lines.append(placed(report, line.setting, [line.defense, tried, counted, rated(line.undefended), *held]))
     return lines
 
 
-def _held(held: Held) -> str:
+def _held(held: Held, weakest: float) -> str:
     if held.strength is None:
         return "none tried" if held.scored else "no such attacker scored"
     by = f"; {held.attacker.partition(':')[2]}" if held.attacker.startswith("adaptive:") else ""
     rate = held.leak_rate
-    return f"{held.strength:g} ({percent(rate.value)} %, {percent(rate.low)}-{percent(rate.high)}{by})"
+    least = ", weakest tried" if held.strength == weakest else ""
+    return f"{held.strength:g}{least} ({percent(rate.value)} %, {percent(rate.low)}-{percent(rate.high)}{by})"
 
 
 def layers_table(report: Report, lines: Sequence[Layers]) -> list[Line]:

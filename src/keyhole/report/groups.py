@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -58,6 +58,8 @@ class Group:
     controls: dict[Key, Entry]
     """The best control of each image; empty for controls themselves."""
     setting: str = ""
+    updates: frozenset[UpdateKey] | None = None
+    """The updates that count; `None` for all."""
 
     @property
     def cell(self) -> tuple[str, str, str]:
@@ -85,6 +87,12 @@ class Group:
         control = self.controls.get(key)
         return ssim >= LEAK_SSIM - SLACK and (control is None or ssim >= control.ssim + LEAK_MARGIN - SLACK)
 
+    def only(self, updates: set[UpdateKey]) -> Group:
+        """The same group with these updates alone."""
+        images = {(seed, row) for seed, rows in updates for row in rows}
+        kept = {key: entry for key, entry in self.entries.items() if key in images}
+        return replace(self, entries=kept, updates=frozenset(updates))
+
     def by_update(self, metric: str) -> dict[UpdateKey, float]:
         """A metric that all images of an update share, such as its evaluations: once for each update that has it."""
         found: dict[UpdateKey, float] = {}
@@ -92,9 +100,9 @@ class Group:
             trial, values = outcome.trial, outcome.metrics.get(metric, [])
             for i in range(0, len(values), trial.batch_size):
                 own = values[i : i + trial.batch_size]
-                value = math.fsum(own) / len(own)
-                if math.isfinite(value):
-                    found.setdefault((trial.seed, trial.episode[i : i + trial.batch_size]), value)
+                value, key = math.fsum(own) / len(own), (trial.seed, trial.episode[i : i + trial.batch_size])
+                if math.isfinite(value) and (self.updates is None or key in self.updates):
+                    found.setdefault(key, value)
         return found
 
 

@@ -122,7 +122,7 @@ def verdict_table(report: Report) -> list[Line]:
     lines = [placed(report, "setting", ["defense", "attack", *kinds.values(), *(["solved, most"] if solved else [])])]
     cells: dict[tuple[str, str, str], list[Row]] = {}
     for row in report.rows:
-        if row.is_attack or not alone:
+        if row.is_attack or (not alone and not row.attacker.startswith("check:")):
             cells.setdefault((row.setting, row.defense, row.attack), []).append(row)
     for (setting, *cell), own in cells.items():
         worst = [_cell([row for row in own if row.attacker.startswith(kind)], alone) for kind in kinds]

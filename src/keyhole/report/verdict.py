@@ -38,7 +38,7 @@ def percent(share: float) -> str:
 
 def level(rows: Iterable[Row]) -> str:
     """How a defense did against its worst attacker: a key of `WORDS`."""
-    scored = [row for row in rows if row.is_scored]
+    scored = [row for row in rows if row.is_scored and not row.statuses.keys() <= {"diverged", "failed", "refused"}]
     if not scored:
         return "unscored"
     if any(row.attacker == "naive" and row.leak_rate.value >= FELL_FROM for row in scored):
@@ -155,4 +155,9 @@ def _counted(rows: Sequence[Row], settings: int, say_where: bool) -> str:
     blind += f" in {len(places - known)} of them" if known and blind else ""
     most = max(scored, key=lambda row: row.lift.low)
     beyond = beyond_in_words(most) if worst.leak_rate.value <= NOT_BROKEN_UP_TO else ""
-    return f": {worst.leaks} of {worst.n}{where}{blind}{beyond}"
+    count = f"{worst.leaks} of {worst.n}"
+    if level(rows) == "fell to naive" and worst.attacker != "naive":
+        naive = worst_row(row for row in scored if row.attacker == "naive")
+        if naive is not None and naive.leaks != worst.leaks:
+            count = f"{naive.leaks} of {naive.n}, and {worst.leaks} of {worst.n} to one who does"
+    return f": {count}{where}{blind}{beyond}"

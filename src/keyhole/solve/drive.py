@@ -51,8 +51,9 @@ class Solved(NamedTuple):
     status: Status
     evaluations: int
     history: tuple[tuple[int, float], ...]
-    rounds: tuple[tuple[Status, int], ...] = ()
-    """How each update of a series ended, and its evaluations; empty for a single one."""
+    rounds: tuple[tuple[Status, int, bool], ...] = ()
+    """How each update of a series ended, its evaluations, and whether its start carried something over from earlier
+    ones; empty for a single update."""
 
 
 class Best(NamedTuple):

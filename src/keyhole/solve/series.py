@@ -55,7 +55,9 @@ def solve_series(
     for number in range(len(done), total):
         own = lift(lambda key, n=number: fold_in(key, f"round {n}"), Shared())(keys)
         here = None if images is None else images[:, :, number * size : (number + 1) * size]
+        carried = [False] * keys.shape[0]
         if learner is not None and here is not None:
+            carried = lift(learner.carries, Shared())(memory).tolist()
             first = lift(learner.next_start, Shared())(memory, here[:, 0])
             here = torch.cat([first[:, None], here[:, 1:]], 1)
         told = replace(watch, progress=partial(_told, watch, number, total))
@@ -71,7 +73,7 @@ def solve_series(
                 for s, e in zip(solved, ended, strict=True)
             ]
             memory = lift(learner.learn, Shared())(memory, together)
-        done.append(solved)
+        done.append([s._replace(rounds=((s.status, s.evaluations, c),)) for s, c in zip(solved, carried, strict=True)])
         if kept is not None and number + 1 < total:
             _keep(kept, done, memory)
     if kept is not None:
@@ -97,7 +99,7 @@ def _joined(rounds: Sequence[Solved]) -> Solved:
         status,
         sum(one.evaluations for one in rounds),
         rounds[0].history if len(rounds) == 1 else _history(rounds),
-        tuple((one.status, one.evaluations) for one in rounds),
+        tuple(part for one in rounds for part in one.rounds),
     )
 
 
@@ -107,7 +109,7 @@ def _history(rounds: Sequence[Solved]) -> tuple[tuple[int, float], ...]:
 
 
 def _keep(path: Path, done: list[list[Solved]], memory: Tensors) -> None:
-    account = [[(s.status, s.evaluations, s.history, s.reconstruction.targets is None) for s in one] for one in done]
+    account = [[(s.rounds[0], s.history, s.reconstruction.targets is None) for s in one] for one in done]
     tensors = [leaf for one in done for s in one for leaf in s.reconstruction if leaf is not None]
     text = json.dumps({"rounds": account, "memory": list(memory)})
     save_checkpoint(path, [*tensors, *memory.values()], text)
@@ -123,8 +125,9 @@ def _resume(path: Path | None, memory: Tensors, keys: Tensor) -> tuple[list[list
 
 
 def _solved(raw: Any, tensors: Any) -> Solved:
-    status, evaluations, history, without_targets = raw
+    (status, evaluations, carried), history, without_targets = raw
     inputs = next(tensors)
     targets = None if without_targets else next(tensors)
     points = tuple((int(k), float(v)) for k, v in history)
-    return Solved(Reconstruction(inputs, targets, next(tensors)), status, evaluations, points)
+    answer = Reconstruction(inputs, targets, next(tensors))
+    return Solved(answer, status, evaluations, points, ((status, evaluations, carried),))
