@@ -98,8 +98,8 @@ def test_the_noise_is_gaussian_of_z_times_c_on_the_sum_over_the_expected_size(
 ) -> None:
     batch, z, clip = bench.batch(size), 0.7, 0.3
     keys = split(KEY, 200)
-    noisy = vmap(lambda key: flat(private(bench, DPSGD(clip, z, batch=divisor), batch, key)))(keys)
-    clean = flat(private(bench, DPSGD(clip, 0.0, batch=divisor), batch))
+    noisy = vmap(lambda key: flat(private(bench, DPSGD(z, clip, batch=divisor), batch, key)))(keys)
+    clean = flat(private(bench, DPSGD(0.0, clip, batch=divisor), batch))
     noise = (noisy - clean).flatten().numpy()
     assert noise.size > 1e5
     std = z * clip / (divisor or size)
@@ -112,9 +112,9 @@ def test_an_empty_draw_sends_noise_alone(bench: Any) -> None:
     batch = bench.batch(2)
     keys = split(KEY, 20)
     rare = {"sample_rate": 1e-9, "batch": 2.0}
-    sent = vmap(lambda key: flat(private(bench, DPSGD(0.3, 0.5, **rare), batch, key)))(keys)
+    sent = vmap(lambda key: flat(private(bench, DPSGD(0.5, 0.3, **rare), batch, key)))(keys)
     assert stats.kstest(sent.flatten().numpy() * 2.0 / (0.5 * 0.3), "norm").pvalue > 1e-3
-    silent = private(bench, DPSGD(0.3, 0.0, **rare), batch)
+    silent = private(bench, DPSGD(0.0, 0.3, **rare), batch)
     assert norm(silent) == 0.0
 
 
@@ -123,7 +123,7 @@ def test_poisson_sampling_takes_each_example_by_itself_and_divides_by_the_expect
     each = torch.stack([flat(g) * clip / (norm(g) + 1e-6) for g in by_autograd(bench, batch)])
     assert all(norm(g) > clip for g in by_autograd(bench, batch))
     keys = split(KEY, 1500)
-    sums = 3 * rate * vmap(lambda key: flat(private(bench, DPSGD(clip, 0.0, rate), batch, key)))(keys)
+    sums = 3 * rate * vmap(lambda key: flat(private(bench, DPSGD(0.0, clip, rate), batch, key)))(keys)
     taking = torch.linalg.lstsq(each.T, sums.T).solution.T
     drawn = taking.round()
     assert float((taking - drawn).abs().max()) < 1e-9
@@ -144,7 +144,7 @@ def test_every_local_step_and_round_has_noise_of_its_own(bench: Any) -> None:
 
 
 def test_lifted_over_clients_equals_one_by_one(bench: Any) -> None:
-    defense, keys = DPSGD(0.1, 0.5, 0.6), split(KEY, 3)
+    defense, keys = DPSGD(0.5, 0.1, 0.6), split(KEY, 3)
     rule = LocalSGD(epochs=2, lr=0.1, batch_size=1)
     batches = [bench.batch(2, seed) for seed in range(3)]
     joined = Batch(*(torch.stack(parts) for parts in zip(*batches, strict=True)))
@@ -163,7 +163,7 @@ def test_what_it_did_is_on_record(bench: Any) -> None:
     batch, notes = bench.batch(2), {}
     clip = sum(sorted(norm(g) for g in by_autograd(bench, batch))) / 2  # between the two
     threat = ThreatModel(LocalSGD(epochs=3, lr=1e-9, batch_size=2), batch_size=2)
-    observe(bench.task, threat, DPSGD(clip), bench.weights, (batch, batch), KEY, notes=notes)
+    observe(bench.task, threat, DPSGD(clip=clip), bench.weights, (batch, batch), KEY, notes=notes)
     means = {name: float(torch.stack(values).mean()) for name, values in notes.items()}
     assert means["noisy gradients"] == 6
     assert means["share of examples clipped"] == 0.5
@@ -319,7 +319,8 @@ def test_the_bound_has_its_closed_form_and_its_limits() -> None:
     ("z", "q", "rounds"), [(1.0, 1.0, 1), (1.0, 1.0, 6), (0.5, 0.3, 1), (1.0, 0.3, 6), (0.7, 0.6, 3)]
 )
 def test_the_bound_against_a_monte_carlo_of_the_blow_up_function(z: float, q: float, rounds: int) -> None:
-    """Hayes et al. 2023, algorithm 1: the mass that the likeliest outputs of mass kappa without the record have with it.
+    """Hayes et al. 2023, algorithm 1: the mass with the record of those outputs, of mass kappa without, that speak most
+    for it.
 
     Of one step, or where nothing is sampled, the bound is exact; of several sampled ones it must not be below.
     """

@@ -100,8 +100,8 @@ class DPSGD(Defense):
     standard deviations of the noise.
 
     Args:
-        clip: the norm C, above 0, in units of one example's gradient.
         noise_multiplier: z, at least 0: the noise's standard deviation on the sum in units of C.
+        clip: the norm C, above 0, in units of one example's gradient.
         sample_rate: q in (0, 1], the probability with which each example takes part in a step. An audit's batch is
             what the sampling chooses from; at 1, the default, the secret always takes part, which is the worst case.
         batch: the expected batch size B that divides the sum; 0, the default, takes q times the images in the step.
@@ -117,16 +117,16 @@ class DPSGD(Defense):
     whole batch but not for each example.
     """
 
-    clip: float = 1.0
     noise_multiplier: float = 1.0
+    clip: float = 1.0
     sample_rate: float = 1.0
     batch: float = 0.0
     delta: float = 1e-5
     accountant: Accountant = "rdp"
 
     def __post_init__(self) -> None:
-        check_range("clip", self.clip, 0, math.inf, open_low=True, open_high=True)
         check_range("noise_multiplier", self.noise_multiplier, 0, math.inf, open_high=True)
+        check_range("clip", self.clip, 0, math.inf, open_low=True, open_high=True)
         check_range("sample_rate", self.sample_rate, 0, 1, open_low=True)
         check_range("delta", self.delta, 0, 1, open_low=True, open_high=True)
         check_range("batch", self.batch, 0, math.inf, open_high=True)

@@ -20,6 +20,7 @@ from keyhole.errors import check_range
         "the server sees the clipped update before any noise: against it there is no protection but the clip, which "
         "norm matching and cosine objectives undo",
     ),
+    facts={"stronger": "down"},
 )
 @dataclass(frozen=True)
 class UserDP(Defense):
