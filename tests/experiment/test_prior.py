@@ -9,6 +9,7 @@ import torch
 from scipy import stats
 
 from keyhole.core.keys import new_key, uniform
+from keyhole.core.trial import Spec
 from keyhole.experiment.plan import Group
 from keyhole.experiment.prior import best_guess, pairwise_ssim
 from keyhole.experiment.run import run_group
@@ -81,9 +82,22 @@ def test_outcomes_of_attackers_carry_the_bound_where_it_holds(make_setup: Any, m
     assert bound(attacker="control:prior_only") is None
     assert bound(defense=(("gaussian_noise", {}),)) is None
     assert bound(defense=(*defense, ("prune", {}))) == pytest.approx(wanted(setup.prior, 1))
+    # Two local steps are two noisy gradients; given labels make a guess for each class.
+    rule = Spec.of("sgd", {"epochs": 2, "lr": 0.1, "batch_size": 1, "order": "fixed"})
+    assert bound(rule=rule) == pytest.approx(wanted(setup.prior, 2))
+    assert 4 * setup.prior > 1
+    assert bound(sees=("targets", "update", "weights")) == 1.0
     # Trained here means trained on the secrets too: the weights tell of them beside the update.
     setup.facts[0] = {"accuracy": 0.9}
     assert bound() is None
     setup.facts[0] = {}
-    pair = bound(episode=(0, 1), batch_size=2)
-    assert pair == pytest.approx(1.0 if 2 * setup.prior >= 1 else wanted(2 * setup.prior, 1))
+    assert 2 * setup.prior < 1
+    assert bound(episode=(0, 1), batch_size=2) == pytest.approx(wanted(2 * setup.prior, 1))
+
+
+def test_a_model_with_batchnorm_is_refused_in_a_sentence(make_setup: Any, make_trial: Any) -> None:
+    trial = make_trial(defense=(("dp_sgd", {}),), options={"steps": 2})
+    (outcome,) = run_group(Group((trial,)), make_setup(model="conv_norm", batchnorm="eval")).outcomes
+    assert outcome.status == "refused"
+    assert "BatchNorm" in outcome.detail
+    assert "\n" not in outcome.detail
