@@ -7,6 +7,12 @@ from typing import Any
 CASES: dict[str, list[dict[str, Any]]] = {
     "gaussian_noise": [{"std": 0.02}, {"std": 0.3, "scale": "rms"}],
     "laplace_noise": [{"b": 0.02}, {"b": 0.3, "scale": "rms"}],
+    "dp_sgd": [
+        {"clip": 0.1, "noise_multiplier": 0.5},
+        {"clip": 0.1, "noise_multiplier": 0.5, "batch": 2.0},
+        {"clip": 0.5, "noise_multiplier": 0.1, "sample_rate": 0.5},
+    ],
+    "user_dp": [{"clip": 0.05}],
     "clip": [{"norm": 0.05}, {"norm": 0.1, "scale": "update"}],
     "prune": [{"rate": 0.5}, {"rate": 0.3, "per": "global"}],
     "withhold": [{"layers": "0"}, {"layers": "0.bias"}],
@@ -22,6 +28,7 @@ CASES: dict[str, list[dict[str, Any]]] = {
 """Options, defaults and others."""
 
 NEUTRAL: dict[str, list[dict[str, Any]]] = {
+    "user_dp": [{"clip": 1e9}],
     "withhold": [{"layers": ""}],
     "laplace_noise": [{"b": 0.0}, {"b": 0.0, "scale": "rms"}],
     "top_k": [{"rate": 0.0}, {"rate": 0.0, "momentum": 0.9}, {"rate": 0.0, "feedback": False}],
@@ -32,7 +39,7 @@ NEUTRAL: dict[str, list[dict[str, Any]]] = {
 }
 """Options under which a defense leaves every update exactly as it is."""
 
-DRAWS = {"gaussian_noise", "laplace_noise", "quantize", "random_masking"}
+DRAWS = {"dp_sgd", "gaussian_noise", "laplace_noise", "quantize", "random_masking"}
 """Defenses that use randomness under some of their options."""
 
 LAST = {"interval", "signs"}

@@ -58,3 +58,18 @@ def test_attacks_and_defenses_can_be_built_after_importing_keyhole_alone() -> No
         + "        registry.build(card.name)\n"
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_opacus_is_needed_for_epsilon_alone_and_its_absence_is_said() -> None:
+    done = python(
+        HEAD
+        + "from keyhole.defenses.dp_sgd import DPSGD\n"
+        + "from keyhole.errors import ConfigError\n"
+        + "assert 0.1 < DPSGD().success_bound(0.1, 1) < 1\n"
+        + "print(DPSGD().remark({'noisy gradients': [1.0]}))\n"
+        + "try:\n    DPSGD().privacy(1)\nexcept ConfigError as error:\n    print('refused:', error)\n"
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("keyhole[dp]") == 2
+    assert "noise multiplier 1" in done.stdout
+    assert "refused:" in done.stdout

@@ -10,6 +10,7 @@ import itertools
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 from torch.func import grad
 
@@ -44,6 +45,11 @@ class Context:
         For the report only; no attacker ever gets it. Notes of several local steps are averaged.
         """
         self.notes.setdefault(name, []).append(value.detach())
+
+    def tally(self, name: str) -> None:
+        """Count one more of something; unlike notes, this adds up over local steps and rounds."""
+        before = self.notes.get(name, [torch.zeros(())])[0]
+        self.notes[name] = [before + 1]
 
     def hint(self, name: str, value: Tensor) -> None:
         """Give away a choice of the defense to attackers who are declared to see ``hints``; the last call counts."""
@@ -142,7 +148,7 @@ class Defense:
 
         Args:
             prior: the success of the best guess without any update, in [0, 1].
-            rounds: updates of the same images that the attacker sees.
+            rounds: gradients behind what the attacker sees of the same images: updates times local steps.
         """
         return None
 
@@ -192,11 +198,27 @@ class Chain(Defense):
         """The links' remarks."""
         return " ".join(filter(None, (link.remark(notes) for link in self.links)))
 
+    def success_bound(self, prior: float, rounds: int) -> float | None:
+        """That of the one link that has any, if all others only work on what it sends.
+
+        What changes images, model, loss or gradients may let one record into the update by more than the bounding link
+        allows for, and so no bound is left. Updates are worked on after all gradients, wherever a link stands.
+        """
+        known = [(link, link.success_bound(prior, rounds)) for link in self.links]
+        bounds = [bound for _, bound in known if bound is not None]
+        others = [link for link, bound in known if bound is None]
+        return bounds[0] if len(bounds) == 1 and all(_works_on_updates_only(link) for link in others) else None
+
     @staticmethod
     def _own(ctx: Context, position: int) -> Context:
         """The context of one link: two noises in a chain must not be the same noise."""
         key = fold_in(ctx.key, f"link {position}")
         return replace(ctx, key=key, link=f"{ctx.link}{position}.")
+
+
+def _works_on_updates_only(link: Defense) -> bool:
+    hooks = ("on_batch", "on_task", "on_loss", "on_gradient")
+    return all(getattr(type(link), hook) is getattr(Defense, hook) for hook in hooks)
 
 
 def chain(*defenses: Defense) -> Defense:

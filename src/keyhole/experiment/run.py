@@ -15,6 +15,7 @@ from keyhole.core.defense import Defense
 from keyhole.core.keys import fold_in, new_key, normal
 from keyhole.core.metric import Metric
 from keyhole.core.registry import ATTACKS, BELIEFS, METRICS, RULES
+from keyhole.core.rule import ClientRule
 from keyhole.core.task import Task
 from keyhole.core.tensors import flatten
 from keyhole.core.threat import ThreatModel, observe
@@ -139,6 +140,8 @@ def _answers(group: Group, setup: Setup, watch: Watch) -> list[Answer]:
     began = time.perf_counter()
     observations, notes = _see(task, threat, defense, weights, secret, client, shared, _public(setup))
     facts = _facts(observations, len(group.trials))
+    bound = _bound(defense, first, rule, setup)
+    facts = [{**fact, **bound} for fact in facts]
     seconds = (time.perf_counter() - began) / (len(group.trials) * len(secret))
     if first.attacker == "control:prior_only":
         observations = tuple(_without_signal(o, attacker, shared) for o in observations)
@@ -163,6 +166,19 @@ def _answers(group: Group, setup: Setup, watch: Watch) -> list[Answer]:
         )
         for one, fact, note in zip(solved, facts, notes, strict=True)
     ]
+
+
+def _bound(defense: Defense, trial: Trial, rule: ClientRule, setup: Setup) -> dict[str, float]:
+    """What no attacker can exceed, as a fact, where the defense sets a bound that holds under this threat model."""
+    rounds = trial.rounds * rule.steps(trial.batch_size)
+    attacks = trial.attacker.partition(":")[0] in ("naive", "adaptive")
+    # Networks that were trained here were trained on the secrets, so that more than the update tells of them.
+    if not attacks or setup.facts.get(trial.seed) or defense.success_bound(0.5, rounds) is None:
+        return {}
+    # One guess for each image of the batch, and, where labels are given, another one for each class, at most.
+    tries = trial.batch_size * (setup.task.num_classes if "targets" in trial.sees else 1)
+    bound = defense.success_bound(min(1.0, tries * setup.prior), rounds)
+    return {} if bound is None else {"success_bound": bound}
 
 
 def _see(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from keyhole.core.task import Bounds, Task, weights_of
 from keyhole.core.trial import Trial
 from keyhole.core.types import Weights
 from keyhole.errors import ConfigError, DataError
+from keyhole.experiment.prior import best_guess
 from keyhole.experiment.spec import Experiment
 from keyhole.experiment.training import Told, silent, train_states
 from keyhole.zoo.datasets import Data, Pool, load_data
@@ -65,6 +67,12 @@ class Setup:
     def images(self, pool: Pool) -> Tensor:
         """A pool's pixels on the device, (n, c, h, w) in [0, 1]."""
         return pool.images.to(self.device, self.dtype)
+
+    @cached_property
+    def prior(self) -> float:
+        """The success of the best guess without an update, from the candidates, or else the public images."""
+        pool = self.data.candidates if len(self.data.candidates) else self.data.public
+        return best_guess(pool.images, pool.labels)
 
     @property
     def fingerprint(self) -> str:
