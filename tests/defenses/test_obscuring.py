@@ -57,7 +57,9 @@ def test_images_are_distinct_and_share_their_features(start: str, which: str, re
     assert float(errors.min()) >= 0.05
     assert float(scored_similarity(after, before).mean()) <= 0.2
     features = [bench.task.trace(bench.weights, images).features.numpy() for images in (batch.inputs, out.inputs)]
-    blank = bench.task.trace(bench.weights, bench.task.bounds.from_pixels(torch.full_like(before, 0.5))).features.numpy()
+    blank = bench.task.trace(
+        bench.weights, bench.task.bounds.from_pixels(torch.full_like(before, 0.5))
+    ).features.numpy()
     distance = ((features[0] - features[1]) ** 2).sum(1) / ((features[0] - blank) ** 2).sum(1)
     other = ((features[0] - np.roll(features[0], 1, axis=0)) ** 2).sum(1) / ((features[0] - blank) ** 2).sum(1)
     # The test's network has more features than there are pixels: they cannot all be kept.
@@ -173,9 +175,7 @@ def test_gradient_inversion_recovers_the_obscured_images_as_it_does_others(bench
     defense = Obscuring(steps=200)
     keys = split(fold_in(new_key(0), "test client"), 4)
     own = [fold_in(fold_in(key, 0), "defense") for key in keys]
-    obscured = torch.stack(
-        [defense.on_batch(bench.batch(1, i), context(bench, key=own[i])).inputs for i in range(4)]
-    )
+    obscured = torch.stack([defense.on_batch(bench.batch(1, i), context(bench, key=own[i])).inputs for i in range(4)])
     plain = found_by(bench, bench.see(secret(bench), ThreatModel()), Counter())
     defended = found_by(bench, see(bench, defense), Counter())
     originals = secret(bench)[0].inputs

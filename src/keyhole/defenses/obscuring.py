@@ -38,8 +38,8 @@ class Obscuring(Defense):
 
     For each image, from a public image of another class, by Adam in the box that pixels fill:
     ``|phi(x') - phi(x)|^2 / |phi(x) - phi(gray)|^2 + labels * CE(x', y)
-    + push * (max(0, 1.1 floor - MSE(x', x)) + max(0, SSIM(x', x) - 0.9 ceiling))``, where phi is the input of the head of
-    the received network, and MSE and SSIM are those of pixels. First order only; no gradient of a gradient.
+    + push * (max(0, 1.1 floor - MSE(x', x)) + max(0, SSIM(x', x) - 0.9 ceiling))``, where phi is the input of the head
+    of the received network, and MSE and SSIM are those of pixels. First order only; no gradient of a gradient.
 
     Our reading of the abstract: the paper's body could not be had, and no code was found. It says that samples are
     replaced by learned ones that are distinct from them and keep the predictive features; losses, network, settings and

@@ -275,7 +275,8 @@ class _Features:
     def of(self, pixels: Tensor) -> Tensor:
         """Features (n, m) of pixels (n, c, h, w)."""
         inputs = self.task.bounds.from_pixels(pixels)
-        return torch.cat([self.task.trace(self.weights, part).features.flatten(1) for part in inputs.split(_SLICE)])
+        parts = (inputs[i : i + _SLICE] for i in range(0, len(inputs), _SLICE))
+        return torch.cat([self.task.trace(self.weights, part).features.flatten(1) for part in parts])
 
     @cached_property
     def candidates(self) -> Tensor:

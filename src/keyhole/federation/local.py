@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -293,9 +294,9 @@ def _clipped(gradient: Tensors, clip: float | None, count: int) -> Tensors:
     return clipped
 
 
-def _context(round_ctx: Context, own: Key, state: State, **others: int) -> Context:
+def _context(round_ctx: Context, own: Key, state: State, *, client: int = 0, step: int = 0) -> Context:
     """A client's context in a round; notes and hints go nowhere."""
-    return replace(round_ctx, key=own, state=dict(state), notes={}, hints={}, **others)
+    return replace(round_ctx, key=own, state=dict(state), client=client, step=step, notes={}, hints={})
 
 
 def _defend_images(
@@ -319,7 +320,8 @@ def _defend_images(
         kept.append(ctx.state)
     # Client by client, as an image that two clients have is no longer one image.
     images, labels = torch.cat([batch.inputs for batch in changed]), torch.cat([batch.targets for batch in changed])
-    return images, labels, torch.arange(len(images)).split([len(part) for part in parts]), kept
+    ends = torch.tensor([0, *(len(part) for part in parts)]).cumsum(0).tolist()
+    return images, labels, tuple(torch.arange(a, b) for a, b in itertools.pairwise(ends)), kept
 
 
 def _defend_updates(group: _Group, defense: Defense, round_ctx: Context, keys: Sequence[Key]) -> _Group:
