@@ -22,12 +22,13 @@ def test_an_image_far_in_pixels_is_found_by_its_features(
     pool = Pool(others, torch.zeros(5, dtype=torch.int64), tuple(range(5)))
     setup = replace(setup, data=replace(setup.data, candidates=pool))
     truth = setup.data.target.images[:1]
-    # What the first layer does not see: 64 pixels, 24 units.
-    blind = torch.linalg.svd(setup.weights[0][0].params["1.weight"]).Vh[-1].reshape(1, 1, 8, 8)
+    # As much of the way to a candidate as the first layer does not see: 24 units look at 64 pixels.
+    blind = torch.linalg.svd(setup.weights[0][0].params["1.weight"]).Vh[24:]
+    moved = truth + ((others[:1] - truth).flatten() @ blind.T @ blind).reshape(truth.shape)
     features = run._Features(setup, trial)
-    assert torch.allclose(features.of(truth + 9 * blind), features.of(truth), atol=1e-9)
+    assert torch.allclose(features.of(moved), features.of(truth), atol=1e-9)
     scores = []
-    for guess in (truth + 9 * blind, truth, others[:1]):
+    for guess in (moved, truth, others[:1]):
         result = run.GroupResult([])
         run._score(result, trial, run.Answer(guess, None, "converged", 1), setup, 0.0, features)
         metrics = result.outcomes[0].metrics
