@@ -116,19 +116,20 @@ def paired_with_best_control(how: dict[str, Any], folder: Path) -> tuple[float, 
     return found.median, [found.low, found.high]
 
 
-def run_benchmark() -> dict[str, Any]:
-    """The speed benchmark's figures."""
+def run_benchmark(script: str, arguments: tuple[str, ...]) -> dict[str, Any]:
+    """A benchmark's figures."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "figures.json"
-        subprocess.run([sys.executable, str(ROOT / "benchmarks" / "lifted.py"), "--json", str(path)], check=True)
+        command = [sys.executable, str(ROOT / "benchmarks" / script), *arguments, "--json", str(path)]
+        subprocess.run(command, check=True)
         return dict(json.loads(path.read_text()))
 
 
-def dig(figures: Any, path: str) -> float:
-    """The value at a dotted path."""
-    for part in path.split("."):
+def dig(figures: Any, path: str | list[str]) -> Any:
+    """The value at a path, dotted or in parts where names have dots."""
+    for part in path.split(".") if isinstance(path, str) else path:
         figures = figures[part]
-    return float(figures)
+    return figures
 
 
 def render(all_cards: dict[str, dict[str, Any]]) -> str:
@@ -170,14 +171,15 @@ def main() -> None:
     if not chosen.render:
         folders = dict(pair.split("=", 1) for pair in chosen.folders)
         reports: dict[str, tuple[Report, Path]] = {}
-        figures: dict[str, Any] | None = None
+        figures: dict[tuple[str, ...], dict[str, Any]] = {}
         for name, card in everything.items():
             if chosen.only and name not in chosen.only:
                 continue
             how = card["measure"]
             if how["kind"] == "benchmark":
-                figures = figures or run_benchmark()
-                card["measured"], card["interval"] = dig(figures, how["value"]), None
+                run = (how.get("script", "lifted.py"), *how.get("arguments", ()))
+                figures[run] = figures.get(run) or run_benchmark(run[0], run[1:])
+                card["measured"], card["interval"] = number(dig(figures[run], how["value"]))
             else:
                 audit = how["audit"]
                 if audit not in reports:

@@ -18,6 +18,7 @@ CASES: dict[str, list[dict[str, Any]]] = {
     "withhold": [{"layers": "0"}, {"layers": "0.bias"}],
     "top_k": [{"rate": 0.5}, {"rate": 0.5, "feedback": False}, {"rate": 0.3, "granularity": "global", "momentum": 0.5}],
     "quantize": [{"levels": 4}, {"levels": 4, "mode": "qsgd"}, {"mode": "sign"}],
+    "obscuring": [{"steps": 20}, {"steps": 20, "start": "noise", "labels": 1.0}],
     "random_masking": [
         {"rate": 0.5},
         {"rate": 0.3, "granularity": "channel"},
@@ -39,7 +40,7 @@ NEUTRAL: dict[str, list[dict[str, Any]]] = {
 }
 """Options under which a defense leaves every update exactly as it is."""
 
-DRAWS = {"dp_sgd", "gaussian_noise", "laplace_noise", "quantize", "random_masking"}
+DRAWS = {"dp_sgd", "gaussian_noise", "laplace_noise", "obscuring", "quantize", "random_masking"}
 """Defenses that use randomness under some of their options."""
 
 LAST = {"interval", "signs"}

@@ -111,7 +111,7 @@ def test_the_links_share_all_but_the_key(bench: Any) -> None:
             return update
 
     public = torch.zeros(1)
-    ctx = Context(bench.task, bench.weights, new_key(1), 3, 4, 5, public, {"residual": {}})
+    ctx = Context(bench.task, bench.weights, new_key(1), 3, step=4, client=5, public=public, state={"residual": {}})
     chain(Spy(), Spy()).on_update({}, ctx)
     for one in seen:
         assert (one.task, one.weights, one.round, one.step, one.client) == (bench.task, bench.weights, 3, 4, 5)

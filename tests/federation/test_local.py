@@ -313,6 +313,52 @@ def test_each_client_step_and_round_has_its_own_noise() -> None:
     assert (torch.corrcoef(rows) - torch.eye(4).double()).abs().max() < 0.3
 
 
+class Swap(Defense):
+    """Replaces images by their negatives, remembers them, and counts how often it was asked."""
+
+    def on_batch(self, batch: Batch, ctx: Context) -> Batch:
+        before = ctx.state.get("swap", {"count": torch.zeros(())})["count"]
+        ctx.state["swap"] = {"count": before + 1, "own": batch.inputs, "again": torch.tensor(ctx.again)}
+        return batch._replace(inputs=-batch.inputs)
+
+
+@pytest.mark.parametrize("together", [1, 4])
+def test_a_defense_of_images_trains_on_what_it_put_in_their_place(together: int) -> None:
+    (inputs, targets), (task, weights) = data(), task_of(net())
+    local, parts = LocalTraining(batch_size=4), [torch.arange(0, 7), torch.arange(7, 12), torch.arange(5, 12)]
+    how: dict[str, Any] = {"together": together}
+    got = train_round(task, weights, inputs, targets, parts, local, new_key(5), defense=Swap(), **how)
+    wanted = train_round(task, weights, -inputs, targets, parts, local, new_key(5), **how)
+    plain = train_round(task, weights, inputs, targets, parts, local, new_key(5), defense=chain(), **how)
+    assert distance((got.weights, got.loss), (wanted.weights, wanted.loss)) < 1e-10
+    assert distance(got.weights.params, plain.weights.params) > 1e-3
+    for client, part in enumerate(parts):
+        assert torch.equal(got.states[client]["swap"]["own"], inputs[part])
+        assert not bool(got.states[client]["swap"]["again"])
+        moved = [float((got.weights.params[n][client] - w).abs().max()) for n, w in weights.params.items()]
+        assert max(moved) > 1e-3, "a defended client learns"
+    again = train_round(
+        task, weights, inputs, targets, parts, local, new_key(6), number=1, defense=Swap(), states=got.states, **how
+    )
+    assert [float(state["swap"]["count"]) for state in again.states] == [2.0] * 3
+    assert all(bool(state["swap"]["again"]) for state in again.states)
+
+
+def test_a_defense_of_images_has_the_public_ones() -> None:
+    class FromPublic(Defense):
+        def on_batch(self, batch: Batch, ctx: Context) -> Batch:
+            assert ctx.public is not None
+            return batch._replace(inputs=ctx.public.inputs[: len(batch.inputs)])
+
+    (inputs, targets), (task, weights) = data(), task_of(net())
+    public = Batch(inputs[30:], targets[30:], torch.full((10,), 0.1).double())
+    local, part = LocalTraining(batch_size=4), [torch.arange(0, 6)]
+    got = train_round(task, weights, inputs, targets, part, local, new_key(5), defense=FromPublic(), public=public)
+    moved = torch.cat([inputs[30:36], inputs[6:]])
+    wanted = train_round(task, weights, moved, targets, part, local, new_key(5))
+    assert distance(got.weights, wanted.weights) < 1e-10
+
+
 def test_running_statistics_move_under_a_defense_too() -> None:
     weights, silent = protected(Silence())
     assert distance({n: p[0] for n, p in silent.weights.params.items()}, weights.params) == 0

@@ -28,6 +28,8 @@ class Context:
     key: Key
     """Fresh for each round; the attacker never gets it."""
     round: int = 0
+    again: bool = False
+    """Whether the client's own images are those of its round before."""
     step: int = 0
     client: int = 0
     public: Batch | None = None

@@ -105,8 +105,9 @@ def observe(
         received = weights if isinstance(weights, Weights) else weights[number]
         own = fold_in(key, number)
         hints: Tensors = {}
+        again = threat.repeated and number > 0
         ctx = Context(
-            task, received, fold_in(own, "defense"), number, public=public, state=state, notes=notes, hints=hints
+            task, received, fold_in(own, "defense"), number, again, public=public, state=state, notes=notes, hints=hints
         )
         client = fold_in(own, "client")
         trained = defense.on_batch(batch, ctx)

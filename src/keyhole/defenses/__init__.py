@@ -4,6 +4,7 @@ from keyhole.defenses import clip as clip
 from keyhole.defenses import dp_sgd as dp_sgd
 from keyhole.defenses import gaussian_noise as gaussian_noise
 from keyhole.defenses import laplace_noise as laplace_noise
+from keyhole.defenses import obscuring as obscuring
 from keyhole.defenses import prune as prune
 from keyhole.defenses import quantize as quantize
 from keyhole.defenses import random_masking as random_masking

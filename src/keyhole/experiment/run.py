@@ -6,6 +6,7 @@ import math
 import time
 import traceback
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -25,11 +26,15 @@ from keyhole.errors import KeyholeError, Refused, cause
 from keyhole.experiment.controls import class_mean, neighbours, noise_update
 from keyhole.experiment.plan import Group, base_attacker, build_defense, find_counter
 from keyhole.experiment.setup import Setup
+from keyhole.federation.norms import evaluating
 from keyhole.metrics.identify import ENOUGH_CANDIDATES, identified
 from keyhole.metrics.matching import assign
 from keyhole.parts.labels import multiset_overlap
 from keyhole.solve.drive import Paused, Watch, solve
 from keyhole.solve.lift import Shared, lift
+
+_SLICE = 250
+"""Images in one forward pass of the scorer."""
 
 START_JITTER = 0.01
 """Standard deviation, in pixels, of the noise on public start images: an exactly flat image has no direction."""
@@ -86,12 +91,14 @@ def run_group(group: Group, setup: Setup, watch: Watch | None = None) -> GroupRe
         return _without_result(group, "failed", traceback.format_exc(limit=8), began)
     seconds = (time.perf_counter() - began) / len(group.trials)
     result = GroupResult([])
+    features = _Features(setup, group.trials[0])
     for trial, answer in zip(group.trials, answers, strict=True):
-        _score(result, trial, answer, setup, seconds)
+        _score(result, trial, answer, setup, seconds, features)
     if group.others:
         guesses = neighbours(torch.stack([answer.guesses for answer in answers]))
         for trial, answer, guess in zip(group.others, answers, guesses, strict=True):
-            _score(result, trial, replace(answer, guesses=guess, targets=None, evaluations=0, history=()), setup, 0.0)
+            other = replace(answer, guesses=guess, targets=None, evaluations=0, history=())
+            _score(result, trial, other, setup, 0.0, features)
     return result
 
 
@@ -276,7 +283,29 @@ def _class_mean(trial: Trial, setup: Setup) -> Answer:
     return Answer(class_mean(setup.images(public), public.labels, labels), None, "converged", 0)
 
 
-def _score(result: GroupResult, trial: Trial, answer: Answer, setup: Setup, seconds: float) -> None:
+class _Features:
+    """What the undefended network of a group sees of images: the input of its head, with dropout off."""
+
+    def __init__(self, setup: Setup, trial: Trial) -> None:
+        self.setup, self.task = setup, evaluating(setup.task)
+        self.weights = setup.networks(trial)[0]
+
+    @torch.no_grad()
+    def of(self, pixels: Tensor) -> Tensor:
+        """Features (n, m) of pixels (n, c, h, w)."""
+        inputs = self.task.bounds.from_pixels(pixels)
+        parts = (inputs[i : i + _SLICE] for i in range(0, len(inputs), _SLICE))
+        return torch.cat([self.task.trace(self.weights, part).features.flatten(1) for part in parts])
+
+    @cached_property
+    def candidates(self) -> Tensor:
+        """Those of the retrieval candidates."""
+        return self.of(self.setup.images(self.setup.data.candidates))
+
+
+def _score(
+    result: GroupResult, trial: Trial, answer: Answer, setup: Setup, seconds: float, features: _Features
+) -> None:
     """Match guesses to secrets once, then compute every metric under that assignment."""
     pool = setup.pool(trial.pool)
     rows = list(trial.episode)
@@ -307,6 +336,8 @@ def _score(result: GroupResult, trial: Trial, answer: Answer, setup: Setup, seco
     candidates = setup.data.candidates
     if len(candidates) >= ENOUGH_CANDIDATES:
         metrics["identified"] = identified(guess, truth, setup.images(candidates)).tolist()
+        found = identified(features.of(guess), features.of(truth), features.candidates)
+        metrics["identified_by_features"] = found.tolist()
     result.outcomes.append(
         Outcome(
             trial,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -78,6 +79,7 @@ def train_round(
     together: int | None = None,
     defense: Defense | None = None,
     states: Sequence[State] | None = None,
+    public: Batch | None = None,
 ) -> Round:
     """Train every client from the same weights for one round.
 
@@ -89,10 +91,11 @@ def train_round(
     Clients lifted together take their steps together, and one that has done its steps leaves. The result is the same
     for any ``together``, up to rounding.
 
-    A defense acts on the gradient of every step, and once on how far the client moved, ``weights - trained``. It gets a
-    `Context` whose key differs by client and round; ``ctx.client`` stays 0, as one call serves all clients. What it
-    writes into ``ctx.state`` in `on_update` is kept; what it writes there during a step is not. Under a defense running
-    statistics and the reported loss are those of the images as they are, which costs another forward pass.
+    A defense acts once on all images of a client, then on the gradient of every step, and once on how far the client
+    moved, ``weights - trained``. It gets a `Context` whose key differs by client and round; ``ctx.client`` stays 0
+    during steps and updates, as one call serves all clients. What it writes into ``ctx.state`` in `on_batch` and
+    `on_update` is kept; what it writes there during a step is not. Under a defense running statistics and the reported
+    loss are those of the images that it trains on, which costs another forward pass.
 
     Args:
         task: with ``batchnorm="train_shared"`` and ``dropout="active"`` where the model has such layers, and changed by
@@ -106,34 +109,53 @@ def train_round(
         number: which round, for the defense.
         together: clients in one lifted step; by default as `default_together` says.
         defense: what clients do to protect their images.
-        states: what the last round returned for the defense.
+        states: what the last round returned for the defense, of the same clients with the same images.
+        public: public images with labels, for the defense.
     """
     for client, part in enumerate(parts):
         if len(part) == 0:
             raise ConfigError(f"client {client} has no images; every client of a round needs at least one.")
     together = default_together(inputs.device) if together is None else together
     check_range("together", together, 1)
-    plans = [_plan(part.to(inputs.device), local, fold_in(key, f"client {i}")) for i, part in enumerate(parts)]
+    keys = [fold_in(key, f"client {client}") for client in range(len(parts))]
     before = [dict(state) for state in states] if states else [{} for _ in parts]
+    step = _plain_step(recording(task))
+    if defense is not None:
+        ctx = Context(task, weights, key, round=number, again=states is not None, public=public)
+        inputs, targets, parts, before = _defend_images(defense, ctx, inputs, targets, parts, keys, before)
+        step = _defended_step(defense, ctx)
+    plans = [_plan(part.to(inputs.device), local, own) for part, own in zip(parts, keys, strict=True)]
     # Longest first: whoever has finished is then always at the end of a group.
     order = sorted(range(len(parts)), key=lambda client: -len(plans[client].rows))
-    step = _plain_step(recording(task)) if defense is None else _defended_step(task, defense, weights, number)
-    groups = []
-    for start in range(0, len(order), together):
-        chosen = order[start : start + together]
-        kept = stack([before[client] for client in chosen], Shared())
-        group = _train_group(step, weights, inputs, targets, [plans[client] for client in chosen], kept, local)
+    groups: list[_Group] = []
+    kept: dict[int, State] = {}
+    for chosen in _groups(order, together, before):
+        states_of = stack([before[client] for client in chosen], Shared())
+        group = _train_group(step, weights, inputs, targets, [plans[client] for client in chosen], states_of, local)
         if defense is not None:
-            group = _defend_updates(group, task, defense, weights, [plans[client].key for client in chosen], number)
+            group = _defend_updates(group, defense, ctx, [plans[client].key for client in chosen])
         groups.append(group)
+        kept |= {client: _at(group.states, place) for place, client in enumerate(chosen)}
     back = torch.tensor(order).argsort().to(inputs.device)
-    joined = pytree.tree_map(lambda *leaves: torch.cat(leaves)[back], *groups)
-    return Round(
-        joined.weights,
-        torch.tensor([len(part) for part in parts]),
-        joined.loss,
-        tuple(_at(joined.states, client) for client in range(len(parts))),
-    )
+    trained, loss = pytree.tree_map(lambda *leaves: torch.cat(leaves)[back], *[(g.weights, g.loss) for g in groups])
+    examples = torch.tensor([len(part) for part in parts])
+    return Round(trained, examples, loss, tuple(kept[client] for client in range(len(parts))))
+
+
+def _groups(order: Sequence[int], together: int, states: Sequence[State]) -> list[list[int]]:
+    """Clients in their order, at most ``together`` in a group, whose states can be stacked."""
+    groups: list[list[int]] = []
+    for client in order:
+        last = groups[-1] if groups else []
+        if last and len(last) < together and _shapes(states[last[0]]) == _shapes(states[client]):
+            last.append(client)
+        else:
+            groups.append([client])
+    return groups
+
+
+def _shapes(state: State) -> dict[str, dict[str, torch.Size]]:
+    return {place: {name: value.shape for name, value in tensors.items()} for place, tensors in state.items()}
 
 
 def default_together(device: torch.device) -> int:
@@ -173,11 +195,11 @@ def _plain_step(recorder: Task) -> _StepFn:
     return step
 
 
-def _defended_step(task: Task, defense: Defense, start: Weights, round_number: int) -> _StepFn:
-    recorder = recording(task)
+def _defended_step(defense: Defense, round_ctx: Context) -> _StepFn:
+    task, recorder = round_ctx.task, recording(round_ctx.task)
 
     def step(weights: Weights, batch: Batch, key: Key, own: Key, state: State, number: int) -> _Step:
-        ctx = Context(task, start, own, round=round_number, step=number, state=dict(state))
+        ctx = _context(round_ctx, own, state, step=number)
         gradient = defended_gradient(task, defense, ctx)(weights, batch, key)
         loss, buffers = _loss(recorder, weights, batch, recorder.masks(key, batch.inputs.shape[0]))
         return _Step(gradient, buffers, loss)
@@ -272,11 +294,41 @@ def _clipped(gradient: Tensors, clip: float | None, count: int) -> Tensors:
     return clipped
 
 
-def _defend_updates(
-    group: _Group, task: Task, defense: Defense, start: Weights, keys: Sequence[Key], number: int
-) -> _Group:
+def _context(round_ctx: Context, own: Key, state: State, *, client: int = 0, step: int = 0) -> Context:
+    """A client's context in a round; notes and hints go nowhere."""
+    return replace(round_ctx, key=own, state=dict(state), client=client, step=step, notes={}, hints={})
+
+
+def _defend_images(
+    defense: Defense,
+    round_ctx: Context,
+    inputs: Tensor,
+    targets: Tensor,
+    parts: Sequence[Tensor],
+    keys: Sequence[Key],
+    states: Sequence[State],
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...], list[State]]:
+    """Images and labels as the defense wants them trained on, whose they are, and what it keeps of each client."""
+    changed: list[Batch] = []
+    kept: list[State] = []
+    for client, part in enumerate(parts):
+        rows = part.to(inputs.device)
+        own = fold_in(keys[client], "defense").to(inputs.device)
+        ctx = _context(round_ctx, own, states[client], client=client)
+        share = torch.full((len(rows),), 1.0 / len(rows), dtype=targets.dtype, device=inputs.device)
+        changed.append(defense.on_batch(Batch(inputs[rows], targets[rows], share), ctx))
+        kept.append(ctx.state)
+    # Client by client, as an image that two clients have is no longer one image.
+    images, labels = torch.cat([batch.inputs for batch in changed]), torch.cat([batch.targets for batch in changed])
+    ends = torch.tensor([0, *(len(part) for part in parts)]).cumsum(0).tolist()
+    return images, labels, tuple(torch.arange(a, b) for a, b in itertools.pairwise(ends)), kept
+
+
+def _defend_updates(group: _Group, defense: Defense, round_ctx: Context, keys: Sequence[Key]) -> _Group:
+    start = round_ctx.weights
+
     def defend(params: Tensors, own: Key, state: State) -> tuple[Tensors, State]:
-        ctx = Context(task, start, own, round=number, state=dict(state))
+        ctx = _context(round_ctx, own, state)
         update = defense.on_update(map_tensors(torch.sub, start.params, params), ctx)
         return map_tensors(torch.sub, start.params, update), ctx.state
 

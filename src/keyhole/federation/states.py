@@ -13,7 +13,7 @@ from torch import Tensor
 from keyhole.core.defense import Defense
 from keyhole.core.keys import fold_in
 from keyhole.core.task import Task
-from keyhole.core.types import Key, Weights
+from keyhole.core.types import Batch, Key, Weights
 from keyhole.errors import ModelError, check_range
 from keyhole.federation.average import average
 from keyhole.federation.local import LocalTraining, State, train_round
@@ -105,6 +105,7 @@ def federate(
     *,
     together: int | None = None,
     defense: Defense | None = None,
+    public: Batch | None = None,
 ) -> Weights:
     """Train by federated averaging; deterministic in ``key``.
 
@@ -119,6 +120,7 @@ def federate(
         progress: called after each round.
         together: clients in one lifted step, see `keyhole.federation.local.train_round`.
         defense: what clients do to protect their images, see there.
+        public: public images with labels, for the defense.
 
     Returns:
         Parameters and buffers after the last round.
@@ -127,7 +129,10 @@ def federate(
         ModelError: training diverged.
     """
     after = AfterRound(0, weights, math.nan)
-    for after in rounds(task, weights, inputs, labels, federation, key, together=together, defense=defense):
+    steps = rounds(
+        task, weights, inputs, labels, federation, key, together=together, defense=defense, public=public
+    )  # fmt: skip
+    for after in steps:
         if progress is not None:
             progress(after.number, federation.rounds, after.loss)
     return after.weights
@@ -144,6 +149,7 @@ def rounds(
     done: int = 0,
     together: int | None = None,
     defense: Defense | None = None,
+    public: Batch | None = None,
 ) -> Iterator[AfterRound]:
     """The same, round by round.
 
@@ -158,6 +164,7 @@ def rounds(
         done: rounds that are already done.
         together: clients in one lifted step.
         defense: what clients do to protect their images.
+        public: public images with labels, for the defense.
     """
     parts = federation.deal(labels.cpu(), fold_in(key, "clients"))
     targets = torch.nn.functional.one_hot(labels, task.num_classes).to(inputs.device, inputs.dtype)
@@ -165,7 +172,7 @@ def rounds(
     for number in range(done, federation.rounds):
         trained = train_round(
             task, weights, inputs, targets, parts, federation.local(), fold_in(fold_in(key, "round"), number),
-            number=number, together=together, defense=defense, states=states,
+            number=number, together=together, defense=defense, states=states, public=public,
         )  # fmt: skip
         states = trained.states
         weights = average(trained.weights, trained.examples)

@@ -178,9 +178,11 @@ def statuses(row: Row) -> str:
 def metrics_table(report: Report) -> list[Line]:
     """Every number of every row."""
     identified, solved = any(row.identified for row in report.rows), shows_success(report)
+    by_features = any(row.identified_by_features for row in report.rows)
     head = ["defense", "attack", "attacker", "n", "networks", "leak rate", f"SSIM ≥ {NEAR_SSIM:g}"]
     head += [f"MSE < {NEAR_MSE:g}", "SSIM", "PSNR (dB)", "MSE", "labels right", "lift in SSIM", "update norm"]
     head += ["zeros in update", *(["solved"] if solved else []), *(["identified"] if identified else [])]
+    head += ["identified by features"] if by_features else []
     lines = [placed(report, "setting", head)]
     for row in report.rows:
         line = [*names(row), str(row.n), str(row.networks)]
@@ -191,5 +193,6 @@ def metrics_table(report: Report) -> list[Line]:
         line += [signed(row.lift) if pictured else NOTHING, number(row.update_norm), share(row.zeros)]
         line += [rated(row.success)] if solved else []
         line += [rated(row.identified)] if identified else []
+        line += [rated(row.identified_by_features)] if by_features else []
         lines.append(placed(report, row.setting, line))
     return lines

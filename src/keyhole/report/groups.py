@@ -40,6 +40,7 @@ class Entry:
     psnr: float
     label_accuracy: float
     identified: float
+    identified_by_features: float
     hash: str
     position: int
     broken: bool
@@ -180,6 +181,7 @@ def _entry(outcome: Outcome, position: int) -> Entry:
         psnr=min(psnr, PSNR_CAP) if psnr > -math.inf else math.nan,
         label_accuracy=read("label_accuracy"),
         identified=read("identified"),
+        identified_by_features=read("identified_by_features"),
         hash=outcome.trial.hash,
         position=position,
         broken=not (math.isfinite(ssim) and math.isfinite(mse)),

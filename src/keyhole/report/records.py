@@ -70,6 +70,9 @@ class Row:
     nan: int = 0
     """Of ``n``, how many had an SSIM or MSE that is not a number."""
     identified: Estimate | None = None
+    """Share of images nearer to their guess than every candidate is, in pixels; `None` where candidates are few."""
+    identified_by_features: Estimate | None = None
+    """The same by the input of the network's head."""
     update_norm: float = math.nan
     """Median Euclidean norm of the updates as they left the clients."""
     zeros: float = math.nan

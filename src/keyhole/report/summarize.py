@@ -71,8 +71,9 @@ class Report:
         """Plain values in a fixed order; missing numbers are `None`."""
         raw = asdict(self)
         for row in raw["rows"]:
-            if row["identified"] is None:
-                del row["identified"]
+            for name in ("identified", "identified_by_features"):
+                if row[name] is None:
+                    del row[name]
         first = ("schema", "kind", "verdict", "rows", "versions")
         return {name: _plain(raw[name]) for name in (*first, *(k for k in raw if k not in first))}
 
@@ -143,7 +144,7 @@ def _row(setting: Setting, group: Group) -> Row:
         return rate(matrix({key: float(hit) for key, hit in hits.items()}))
 
     above = {key: entries[key].ssim - control.ssim for key, control in group.controls.items() if key in entries}
-    identified = rate(column("identified"))
+    identified, by_features = rate(column("identified")), rate(column("identified_by_features"))
     success = rate(matrix(group.by_update("matched")))
     evaluations = group.by_update("evaluations").values()
     tally = Tally(outcome.status for outcome in group.outcomes)
@@ -167,6 +168,7 @@ def _row(setting: Setting, group: Group) -> Row:
         uncontrolled=sum(key not in group.controls for key in entries) if is_attack(group.attacker) else 0,
         nan=sum(entry.broken for entry in entries.values()),
         identified=None if math.isnan(identified.value) else identified,
+        identified_by_features=None if math.isnan(by_features.value) else by_features,
         update_norm=_median_fact(group, "update_norm"),
         zeros=_median_fact(group, "zeros"),
         setting=setting.name,
