@@ -73,6 +73,11 @@ def measure_report(how: dict[str, Any], report: Report, folder: Path) -> tuple[f
         new, _ = number(pick(rows, how)[how["value"]])
         old, _ = number(pick(rows, {**how, "attack": how["to"]})[how["value"]])
         return 100.0 * (new / old - 1.0), None
+    if how["kind"] == "difference":  # of the best of some rows to the best of others
+        best, other = (
+            max(number(pick(rows, fields)[how["value"]])[0] for fields in how[side]) for side in ("of", "to")
+        )
+        return best - other, None
     if how["kind"] == "highest_control":
         controls = [r for r in rows if r["attacker"].startswith("control:")]
         return number(max(controls, key=lambda r: r[how["value"]]["value"])[how["value"]])
@@ -117,11 +122,11 @@ def paired_with_best_control(how: dict[str, Any], folder: Path) -> tuple[float, 
     return found.median, [found.low, found.high]
 
 
-def run_benchmark() -> dict[str, Any]:
-    """The speed benchmark's figures."""
+def run_benchmark(script: str) -> dict[str, Any]:
+    """The figures of a script in benchmarks/."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "figures.json"
-        subprocess.run([sys.executable, str(ROOT / "benchmarks" / "lifted.py"), "--json", str(path)], check=True)
+        subprocess.run([sys.executable, str(ROOT / "benchmarks" / f"{script}.py"), "--json", str(path)], check=True)
         return dict(json.loads(path.read_text()))
 
 
@@ -171,14 +176,16 @@ def main() -> None:
     if not chosen.render:
         folders = dict(pair.split("=", 1) for pair in chosen.folders)
         reports: dict[str, tuple[Report, Path]] = {}
-        figures: dict[str, Any] | None = None
+        figures: dict[str, dict[str, Any]] = {}
         for name, card in everything.items():
             if chosen.only and name not in chosen.only:
                 continue
             how = card["measure"]
             if how["kind"] == "benchmark":
-                figures = figures or run_benchmark()
-                card["measured"], card["interval"] = dig(figures, how["value"]), None
+                script = how.get("script", "lifted")
+                if script not in figures:
+                    figures[script] = run_benchmark(script)
+                card["measured"], card["interval"] = dig(figures[script], how["value"]), None
             else:
                 audit = how["audit"]
                 if audit not in reports:

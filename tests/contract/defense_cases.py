@@ -12,6 +12,7 @@ CASES: dict[str, list[dict[str, Any]]] = {
     "withhold": [{"layers": "0"}, {"layers": "0.bias"}],
     "top_k": [{"rate": 0.5}, {"rate": 0.5, "feedback": False}, {"rate": 0.3, "granularity": "global", "momentum": 0.5}],
     "quantize": [{"levels": 4}, {"levels": 4, "mode": "qsgd"}, {"mode": "sign"}],
+    "soteria": [{"rate": 0.4}, {"rate": 0.6, "score": "exact"}, {"rate": 0.5, "live_only": True, "constant": 0.1}],
     "random_masking": [
         {"rate": 0.5},
         {"rate": 0.3, "granularity": "channel"},
@@ -28,6 +29,7 @@ NEUTRAL: dict[str, list[dict[str, Any]]] = {
     "gaussian_noise": [{"std": 0.0}, {"std": 0.0, "scale": "rms"}],
     "clip": [{"norm": 1e9}, {"norm": 1.0, "scale": "update"}],
     "prune": [{"rate": 0.0}, {"rate": 0.0, "per": "global"}],
+    "soteria": [{"rate": 0.0}, {"rate": 0.0, "live_only": True}],
     "random_masking": [{"rate": 0.0}, {"rate": 0.0, "granularity": "channel"}, {"rate": 0.0, "rescale": True}],
 }
 """Options under which a defense leaves every update exactly as it is."""
