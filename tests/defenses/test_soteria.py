@@ -179,6 +179,22 @@ def test_options_out_of_range_are_refused() -> None:
             DEFENSES.build("soteria", **options)
 
 
+def test_the_representation_is_that_of_the_gradients_own_dropout_and_batch_statistics(make_bench: Any) -> None:
+    own = make_bench("conv_all", "train_hidden", "active")
+    batch = own.batch(3)
+    found, notes, plain = defend(own.task, own.weights, batch, rate=0.6)
+    x = batch.inputs.clone().requires_grad_(True)
+    r = own.task.trace(own.weights, x, masks=own.task.masks(KEY, 3)).features
+    # All images at once: under batch statistics a unit of one moves with the pixels of the others.
+    norms = torch.stack([torch.autograd.grad(u.sum(), x, retain_graph=True)[0].flatten(1).norm(dim=1) for u in r.T])
+    alive = r.T != 0
+    scores = torch.where(alive, norms / torch.where(alive, r.T, 1.0), 0.0).sum(1).detach().numpy()
+    kept = torch.from_numpy(authors_mask(scores, 0.6))
+    head = f"{own.task.head}.weight"
+    assert 0 < float(notes["dead_units"]) < 0.3  # dropped for all three images
+    assert torch.equal(found[head], plain[head] * kept)
+
+
 # Scores.
 
 

@@ -18,7 +18,7 @@ from keyhole.core.tensors import map_tensors
 from keyhole.core.types import Batch, GradFn, Key, Observation, Tensors, Weights
 from keyhole.errors import ModelError, UnknownName, check_range
 
-CHUNK = 32
+CHUNK = 16
 """Units whose Jacobian rows are worked out at a time: the Jacobian of all units is never in memory."""
 
 RIDGE = 1e-9

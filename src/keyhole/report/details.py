@@ -143,7 +143,7 @@ def notes_table(report: Report) -> list[Line]:
         remark = " ".join(f"{count} of {sum(row.statuses.values())}: {text}" for text, count in row.remarks.items())
         for name, found in row.notes.items():
             middle = f"{number(found.q10)} to {number(found.q90)}"
-            line = [row.defense, name.replace("_", " "), number(found.median), middle, remark]
+            line = [row.defense, name.replace("_", " "), number(found.median), middle, remark or NOTHING]
             lines.append(placed(report, row.setting, line))
             remark = NOTHING
         seconds = ["client seconds for an update", number(row.client_seconds), NOTHING, remark or NOTHING]
