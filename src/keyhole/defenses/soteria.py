@@ -226,7 +226,7 @@ def smallest(scores: Tensor, alive: Tensor, rate: float, live_only: bool) -> Ten
     """Which units are pruned, (d,): ``ceil(rate (n - 1))`` of the smallest score among all n, or the n live, units."""
     ranked = torch.where(alive, scores, torch.inf) if live_only else scores
     candidates = alive.double().sum() if live_only else alive.new_full((), alive.shape[0], dtype=torch.float64)
-    # Just below, as 0.7 x 10 is a little more than 7.
+    # Just below, as 0.07 x 100 is a little more than 7 in floats.
     count = (rate * (candidates - 1.0) - 1e-9).ceil()
     return ranked.argsort(stable=True).argsort(stable=True) < count
 
