@@ -72,6 +72,11 @@ def measure_report(how: dict[str, Any], report: Report, folder: Path) -> tuple[f
     if how["kind"] == "change":  # of one attack's mean to that of the one it is compared with, in percent
         new, old = pick(report["comparisons"], how)[how["value"]]
         return 100.0 * (new / old - 1.0), None
+    if how["kind"] == "difference":  # of the best of some rows to the best of others
+        best, other = (
+            max(number(pick(rows, fields)[how["value"]])[0] for fields in how[side]) for side in ("of", "to")
+        )
+        return best - other, None
     if how["kind"] == "highest_control":
         controls = [r for r in rows if r["attacker"].startswith("control:")]
         return number(max(controls, key=lambda r: r[how["value"]]["value"])[how["value"]])

@@ -19,6 +19,7 @@ CASES: dict[str, list[dict[str, Any]]] = {
     "top_k": [{"rate": 0.5}, {"rate": 0.5, "feedback": False}, {"rate": 0.3, "granularity": "global", "momentum": 0.5}],
     "quantize": [{"levels": 4}, {"levels": 4, "mode": "qsgd"}, {"mode": "sign"}],
     "obscuring": [{"steps": 20}, {"steps": 20, "start": "noise", "labels": 1.0}],
+    "soteria": [{"rate": 0.4}, {"rate": 0.6, "score": "exact"}, {"rate": 0.5, "live_only": True, "constant": 0.1}],
     "random_masking": [
         {"rate": 0.5},
         {"rate": 0.3, "granularity": "channel"},
@@ -36,6 +37,7 @@ NEUTRAL: dict[str, list[dict[str, Any]]] = {
     "gaussian_noise": [{"std": 0.0}, {"std": 0.0, "scale": "rms"}],
     "clip": [{"norm": 1e9}, {"norm": 1.0, "scale": "update"}],
     "prune": [{"rate": 0.0}, {"rate": 0.0, "per": "global"}],
+    "soteria": [{"rate": 0.0}, {"rate": 0.0, "live_only": True}],
     "random_masking": [{"rate": 0.0}, {"rate": 0.0, "granularity": "channel"}, {"rate": 0.0, "rescale": True}],
 }
 """Options under which a defense leaves every update exactly as it is."""

@@ -8,6 +8,7 @@ from keyhole.defenses import obscuring as obscuring
 from keyhole.defenses import prune as prune
 from keyhole.defenses import quantize as quantize
 from keyhole.defenses import random_masking as random_masking
+from keyhole.defenses import soteria as soteria
 from keyhole.defenses import top_k as top_k
 from keyhole.defenses import user_dp as user_dp
 from keyhole.defenses import withhold as withhold

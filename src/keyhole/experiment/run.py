@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -171,7 +172,7 @@ def _answers(group: Group, setup: Setup, watch: Watch) -> list[Answer]:
             notes=note,
             client_seconds=seconds,
         )
-        for one, fact, note in zip(solved, facts, notes, strict=True)
+        for one, fact, note in zip(solved, facts, _as_planned(notes, group.trials, setup), strict=True)
     ]
 
 
@@ -198,12 +199,20 @@ def _see(
     shared: Shared,
     public: Batch,
 ) -> tuple[tuple[Observation, ...], list[dict[str, list[float]]]]:
-    """`observe`, lifted over a group, and what the defense noted in each trial, averaged over local steps."""
+    """`observe`, lifted over a group, and what the defense noted in each trial, averaged over local steps.
+
+    Numbers of each image stay so only where every step saw the whole batch.
+    """
+    size = secret[0].inputs.shape[1]
 
     def see(batches: tuple[Batch, ...], key: Tensor) -> tuple[tuple[Observation, ...], dict[str, Tensor]]:
         notes: dict[str, list[Tensor]] = {}
         seen = observe(task, threat, defense, weights, batches, key, public, notes)
-        return seen, {name: torch.stack(values).double().mean(0) for name, values in notes.items()}
+        return seen, {name: joined(values) for name, values in notes.items()}
+
+    def joined(values: list[Tensor]) -> Tensor:
+        whole = all(value.shape == (size,) for value in values)
+        return torch.stack([value if whole else value.mean() for value in values]).double().mean(0)
 
     observations, notes = lift(see, shared)(secret, keys)
     return observations, [
@@ -234,6 +243,16 @@ def _secret(trials: tuple[Trial, ...], setup: Setup) -> tuple[Batch, ...]:
         targets = torch.nn.functional.one_hot(labels[own], setup.task.num_classes).to(setup.dtype)
         batches.append(Batch(setup.task.bounds.from_pixels(pixels[own]), targets, share.clone()))
     return tuple(batches) * trials[0].rounds
+
+
+def _as_planned(
+    notes: list[dict[str, list[float]]], trials: tuple[Trial, ...], setup: Setup
+) -> Iterator[dict[str, list[float]]]:
+    """Numbers of each image in the order of the episode; the client had its batch in the order of classes."""
+    for trial, noted in zip(trials, notes, strict=True):
+        rows = list(trial.episode)
+        back = setup.pool(trial.pool).labels[rows].argsort(stable=True).argsort().tolist()
+        yield {name: [own[i] for i in back] if len(own) == len(rows) else own for name, own in noted.items()}
 
 
 def _start_images(attack: Attack, trials: tuple[Trial, ...], setup: Setup, keys: Tensor) -> Tensor | None:

@@ -35,6 +35,12 @@ BOUNDS_NOTE = (
     "An upper bound on the share of images that any attack can recover, known or not, from the mechanism's noise and "
     "the best guess without an update. A leak rate above it would be a fault of the defense or of this program."
 )
+CERTIFICATES_NOTE = (
+    "What a defense certifies for each image as the least mean squared error of a reconstruction that reproduces "
+    "exactly what was shared; to first order where the network is not linear. Attackers who leave the defended tensor "
+    "out, or mask it, are outside this assumption, as are those who do not reach an exact match, and clamping pixels "
+    "to [0, 1] can only bring an image nearer."
+)
 VARIANTS_NOTE = (
     "Attack minus the one it is compared with, on the same updates. Solved: updates that the attack itself counts as "
     "matched, in percentage points. Evaluations: of the gradient, for the update behind an image. The updates of one "
@@ -139,7 +145,7 @@ def notes_table(report: Report) -> list[Line]:
         remark = " ".join(f"{count} of {sum(row.statuses.values())}: {text}" for text, count in row.remarks.items())
         for name, found in row.notes.items():
             middle = f"{number(found.q10)} to {number(found.q90)}"
-            line = [row.defense, name.replace("_", " "), number(found.median), middle, remark]
+            line = [row.defense, name.replace("_", " "), number(found.median), middle, remark or NOTHING]
             lines.append(placed(report, row.setting, line))
             remark = NOTHING
         seconds = ["client seconds for an update", number(row.client_seconds), NOTHING, remark or NOTHING]
@@ -154,6 +160,24 @@ def bounds_table(report: Report) -> list[Line]:
     for row in report.rows:
         if row.is_attack and math.isfinite(row.bound):
             line = [*names(row), rated(row.leak_rate), f"{percent(row.bound)} %"]
+            lines.append(placed(report, row.setting, line))
+    return lines
+
+
+def certificates_table(report: Report) -> list[Line]:
+    """Where a defense certifies a distance: the certificate beside what was measured."""
+    head = [
+        "defense",
+        "attack",
+        "attacker",
+        "certified MSE (middle 80 %)",
+        "MSE (middle 80 %)",
+        "images below the certificate",
+    ]
+    lines = [placed(report, "setting", head)]
+    for row in report.rows:
+        if row.is_attack and math.isfinite(row.certified.median):
+            line = [*names(row), spread_small(row.certified), spread_small(row.mse), rated(row.below_certificate)]
             lines.append(placed(report, row.setting, line))
     return lines
 

@@ -36,6 +36,7 @@ def render_markdown(report: Report) -> str:
         ("Does knowing the defense help?", details.KNOWLEDGE_NOTE, details.knowledge_table(report)),
         ("What the defenses did", details.NOTES_NOTE, details.notes_table(report)),
         ("Bounds", details.BOUNDS_NOTE, details.bounds_table(report)),
+        ("Certificates", details.CERTIFICATES_NOTE, details.certificates_table(report)),
         ("Settings compared", details.SETTINGS_NOTE, details.settings_table(report)),
         ("Variants of one attack compared", details.VARIANTS_NOTE, details.variants_table(report)),
     ):

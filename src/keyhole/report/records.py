@@ -95,6 +95,10 @@ class Row:
     """Sentences about trials that ended regularly, with how many trials each is about."""
     client_seconds: float = math.nan
     """Median time of a client's own work for one update, its defense included."""
+    certified: Spread = Spread()
+    """What a defense certifies, under its assumption, as the least mean squared error of each image."""
+    below_certificate: Estimate = Estimate()
+    """Share of images whose mean squared error is below what the defense certifies."""
     bound: float = math.nan
     """The largest share of images that any attack could recover, where the defense's noise sets a bound."""
 

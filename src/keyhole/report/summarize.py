@@ -145,6 +145,7 @@ def _row(setting: Setting, group: Group) -> Row:
 
     above = {key: entries[key].ssim - control.ssim for key, control in group.controls.items() if key in entries}
     identified, by_features = rate(column("identified")), rate(column("identified_by_features"))
+    certified = _certified(group)
     success = rate(matrix(group.by_update("matched")))
     evaluations = group.by_update("evaluations").values()
     tally = Tally(outcome.status for outcome in group.outcomes)
@@ -178,6 +179,8 @@ def _row(setting: Setting, group: Group) -> Row:
         label_chance=label_chance(setting.classes, max(trial.batch_size for trial in trials)),
         series=max(len(trial.episode) // trial.batch_size for trial in trials),
         notes=_notes(group),
+        certified=spread(matrix(certified)),
+        below_certificate=share({key: entries[key].mse < value for key, value in certified.items() if key in entries}),
         remarks=dict(Tally(o.detail for o in group.outcomes if o.detail and o.metrics and o.status != "diverged")),
         client_seconds=statistics.median([o.client_seconds for o in group.outcomes if o.metrics] or [math.nan]),
         bound=max([o.facts["success_bound"] for o in group.outcomes if "success_bound" in o.facts], default=math.nan),
@@ -195,6 +198,16 @@ def _notes(group: Group) -> dict[str, Spread]:
             keys = trial.episode if len(own) == len(trial.episode) else range(len(own))
             values.update({(trial.seed, (trial.episode, key)): value for key, value in zip(keys, own, strict=True)})
         found[name] = spread(matrix(values))
+    return found
+
+
+def _certified(group: Group) -> dict[Key, float]:
+    """The certificate of each image, where the update is one gradient: over several steps there is none."""
+    found: dict[Key, float] = {}
+    for outcome in group.outcomes:
+        trial, own = outcome.trial, outcome.notes.get("certified_mse", [])
+        if trial.rule.name == "gradient" and len(own) == len(trial.episode):
+            found.update({(trial.seed, row): value for row, value in zip(trial.episode, own, strict=True)})
     return found
 
 
