@@ -8,6 +8,7 @@ CASES: dict[str, list[dict[str, Any]]] = {
     "gaussian_noise": [{"std": 0.02}, {"std": 0.3, "scale": "rms"}],
     "laplace_noise": [{"b": 0.02}, {"b": 0.3, "scale": "rms"}],
     "clip": [{"norm": 0.05}, {"norm": 0.1, "scale": "update"}],
+    "concealing": [{"start": "noise", "steps": 4}, {"start": "noise", "steps": 4, "variant": "strict"}],
     "prune": [{"rate": 0.5}, {"rate": 0.3, "per": "global"}],
     "withhold": [{"layers": "0"}, {"layers": "0.bias"}],
     "top_k": [{"rate": 0.5}, {"rate": 0.5, "feedback": False}, {"rate": 0.3, "granularity": "global", "momentum": 0.5}],
@@ -32,7 +33,7 @@ NEUTRAL: dict[str, list[dict[str, Any]]] = {
 }
 """Options under which a defense leaves every update exactly as it is."""
 
-DRAWS = {"gaussian_noise", "laplace_noise", "quantize", "random_masking"}
+DRAWS = {"concealing", "gaussian_noise", "laplace_noise", "quantize", "random_masking"}
 """Defenses that use randomness under some of their options."""
 
 LAST = {"interval", "signs"}

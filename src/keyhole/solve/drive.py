@@ -169,9 +169,7 @@ def _second(
 ) -> list[Solved]:
     """The second attack, which finds what the first one found among its facts; budgets and histories add up."""
     if len(observations) > 1 and not threat.repeated:
-        raise Refused(
-            "the second attack works on one update at a time; set client.series = 1."
-        )
+        raise Refused("the second attack works on one update at a time; set client.series = 1.")
     if not isinstance(then, IterativeAttack):
         raise TypeError(f"{type(then).__name__} is no iterative attack, and so no second one")
     found = stack([one.reconstruction.inputs for one in first], shared)
