@@ -14,7 +14,7 @@ from torch.func import functional_call, vmap
 
 import keyhole.attacks  # noqa: F401  (fills the registry)
 from keyhole.core.defense import Context
-from keyhole.core.keys import fold_in, new_key, split
+from keyhole.core.keys import fold_in, new_key, split, threefry2x32
 from keyhole.core.registry import ATTACKS, DEFENSES
 from keyhole.core.task import plain_gradient
 from keyhole.core.tensors import dot, squared_norm
@@ -22,6 +22,7 @@ from keyhole.core.threat import ThreatModel, observe
 from keyhole.core.types import Batch, Tensors
 from keyhole.defenses.concealing import DAMPING, LEAST, Concealing, Decay, Mixing, apart, project
 from keyhole.errors import ConfigError, Refused
+from keyhole.solve.drive import solve
 from keyhole.solve.lift import Shared, lift
 
 KEY = new_key(3)
@@ -68,10 +69,7 @@ def test_the_projection_solves_its_program(slope: float) -> None:
     ).x[0]
     out, fired = project(mixed, honest)
     assert bool(fired)
-    assert (
-        close(out, {n: mixed[n] + found * honest[n] for n in mixed})
-        or abs(float((out["b"] - mixed["b"] - found * honest["b"]).abs().max())) < 1e-6
-    )
+    assert all(torch.allclose(out[n], mixed[n] + found * honest[n], rtol=0, atol=1e-6) for n in mixed)
     after = float(dot(out, honest))
     if -product / (square + DAMPING) > LEAST:
         assert after == pytest.approx(product * DAMPING / (square + DAMPING), rel=1e-6)
@@ -145,8 +143,7 @@ def test_the_objective_is_its_formula(bench: Any) -> None:
     g_s = by_autograd(bench, [(1.0, private.inputs, private.targets.argmax(1))])
     g_c = by_autograd(bench, [(1.0, start, labels.argmax(1))])
     cosine = sum(float((g_s[n] * g_c[n]).sum()) for n in g_s) / float((squared_norm(g_s) * squared_norm(g_c)).sqrt())
-    z = [bench.task.model.requires_grad_(False), None]
-    logits = [functional_call(z[0], bench.weights.params, (x,)) for x in (start, private.inputs)]
+    logits = [functional_call(bench.task.model, bench.weights.params, (x,)) for x in (start, private.inputs)]
     d_x = np.mean([float((a - b).norm()) for a, b in zip(start, private.inputs, strict=True)])
     d_z = np.mean([float((a - b).norm() / b.norm()) for a, b in zip(*logits, strict=True)])
     assert float(found) == pytest.approx(1 - cosine + np.exp(-0.01 * d_x) + 0.01 * (d_z - 0.01), rel=1e-9)
@@ -165,14 +162,12 @@ def test_the_objective_falls(variant: str, bench: Any) -> None:
 
 
 def test_who_is_far_enough_stops_beyond_the_mark(bench: Any) -> None:
-    own = defense(steps=200, far=8.0)
+    own = defense(steps=200, far=14.0)
     start, labels, private = pairs(bench, own)
-    assert float(apart(start, private.inputs)) < 8.0
+    assert float(apart(start, private.inputs)) < 14.0
     found, taken = own.conceal(bench.task, bench.weights, start, labels, private)
     assert 0 < int(taken) < 200
-    assert float(apart(found, private.inputs)) > 8.0
-    shorter, _ = replace(own, steps=200).conceal(bench.task, bench.weights, start, labels, private)
-    assert torch.equal(found, shorter)
+    assert float(apart(found, private.inputs)) > 14.0
 
 
 def test_slack_moves_nothing_as_released_and_something_in_the_strict_variant(bench: Any) -> None:
@@ -238,8 +233,6 @@ def test_the_counter_told_the_proxies_has_no_loss_at_the_truth(options: dict[str
     own, ctx = defense(**options), context(bench)
     update = sent(bench, own, ctx=ctx)
     private = Batch(*(part.repeat_interleave(own.proxies, 0) for part in bench.batch(2)))
-    from keyhole.core.keys import threefry2x32
-
     proxies, labels = own.begin(ctx, private, threefry2x32(KEY, fold_in(KEY, "step")))
     if own.variant != "inserted":
         proxies, _ = own.conceal(bench.task, bench.weights, proxies, labels, private)
@@ -254,8 +247,6 @@ def test_the_counter_told_the_proxies_has_no_loss_at_the_truth(options: dict[str
 
 
 def test_the_matched_attacker_gets_closer_to_an_image_beside_an_inserted_one(bench: Any) -> None:
-    from keyhole.solve.drive import solve
-
     own, secrets, keys = defense(variant="inserted"), bench.secrets(3), split(new_key(8), 3)
     shared, public = Shared(bench.weights), bench.batch(12, 50)
     attack = ATTACKS.build("idlg", labels="given", start="random", steps=150)
