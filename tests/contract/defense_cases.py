@@ -14,6 +14,7 @@ CASES: dict[str, list[dict[str, Any]]] = {
     ],
     "user_dp": [{"clip": 0.05}],
     "clip": [{"norm": 0.05}, {"norm": 0.1, "scale": "update"}],
+    "concealing": [{"start": "noise", "steps": 4}, {"start": "noise", "steps": 4, "variant": "strict"}],
     "prune": [{"rate": 0.5}, {"rate": 0.3, "per": "global"}],
     "withhold": [{"layers": "0"}, {"layers": "0.bias"}],
     "top_k": [{"rate": 0.5}, {"rate": 0.5, "feedback": False}, {"rate": 0.3, "granularity": "global", "momentum": 0.5}],
@@ -42,7 +43,7 @@ NEUTRAL: dict[str, list[dict[str, Any]]] = {
 }
 """Options under which a defense leaves every update exactly as it is."""
 
-DRAWS = {"dp_sgd", "gaussian_noise", "laplace_noise", "obscuring", "quantize", "random_masking"}
+DRAWS = {"concealing", "dp_sgd", "gaussian_noise", "laplace_noise", "obscuring", "quantize", "random_masking"}
 """Defenses that use randomness under some of their options."""
 
 LAST = {"interval", "signs"}

@@ -27,6 +27,7 @@ def inverting_gradients(
     start: Start = "random",
     schedule: Literal["step", "cosine", "constant"] = "step",
     box: bool = True,
+    sign: bool = True,
     statistics: float = 1e-3,
     labels: str = "auto",
 ) -> GradientMatching:
@@ -42,6 +43,7 @@ def inverting_gradients(
         start: where to begin.
         schedule: ``step`` takes a tenth after 3/8, 5/8 and 7/8 of the steps; ``cosine`` decays after 50 warm-up steps.
         box: keep pixels in [0, 1].
+        sign: give Adam only the gradient's sign.
         statistics: weight of BatchNorm statistics, at least 0; plays no part where the threat model hides them.
         labels: a label rule.
 
@@ -54,10 +56,11 @@ def inverting_gradients(
         "cosine": Cosine(steps, warmup=50),
         "constant": Constant(),
     }
+    optimizer = adam(lr, schedules[schedule])
     return GradientMatching(
         distance=cosine,
         penalties=((tv, total_variation),),
-        optimizer=signed(adam(lr, schedules[schedule])),
+        optimizer=signed(optimizer) if sign else optimizer,
         steps=steps,
         restarts=restarts,
         initial=start,

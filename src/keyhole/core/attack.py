@@ -11,8 +11,9 @@ from keyhole.core.task import Task
 from keyhole.core.threat import ThreatModel
 from keyhole.core.types import Candidate, Field, Key, Reconstruction, Seen, Tensors
 
-Start = Literal["random", "gray", "mean"]
-"""Where an iterative attack begins: noise, mid-gray, or the mean of the public images."""
+Start = Literal["random", "gray", "mean", "class_mean"]
+"""Where an iterative attack begins: noise, mid-gray, the mean of the public images, or that of each label's class, for
+attackers who are given the labels."""
 
 
 class Attack(ABC):

@@ -1,6 +1,7 @@
 """Defenses, one file for each paper, each with its counters. Importing this package fills the registry `DEFENSES`."""
 
 from keyhole.defenses import clip as clip
+from keyhole.defenses import concealing as concealing
 from keyhole.defenses import dp_sgd as dp_sgd
 from keyhole.defenses import gaussian_noise as gaussian_noise
 from keyhole.defenses import laplace_noise as laplace_noise

@@ -264,8 +264,22 @@ def _start_images(attack: Attack, trials: tuple[Trial, ...], setup: Setup, keys:
         # A series carries images on, so that its random starts are made here as well.
         return _noise(one, trials, setup, keys) if one is not attack else None
     public = setup.images(setup.data.public)
-    flat = public.mean(0) if one.initial == "mean" else torch.full_like(public[0], 0.5)
+    if one.initial == "class_mean":
+        flat = torch.stack([_mean_of_classes(trial, setup) for trial in trials])[:, None]
+    else:
+        flat = public.mean(0) if one.initial == "mean" else torch.full_like(public[0], 0.5)
     return setup.task.bounds.from_pixels(flat + START_JITTER * _noise(one, trials, setup, keys))
+
+
+def _mean_of_classes(trial: Trial, setup: Setup) -> Tensor:
+    """The mean public image of each label's class, in the order in which labels are given."""
+    if "targets" not in trial.sees:
+        raise Refused('start = "class_mean" needs targets, which this attacker does not see.')
+    labels = setup.pool(trial.pool).labels[list(trial.episode)]
+    # Sorted within each update: that is the order of given labels, and no other may reach the attacker.
+    labels = labels.reshape(-1, trial.batch_size).sort(dim=1).values.flatten()
+    public = setup.data.public
+    return class_mean(setup.images(public), public.labels, labels)
 
 
 def _noise(attack: IterativeAttack, trials: tuple[Trial, ...], setup: Setup, keys: Tensor) -> Tensor:

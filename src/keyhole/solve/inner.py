@@ -32,9 +32,23 @@ def minimise(
         project: the nearest admissible point, on flat vectors; applied after each step.
         stop: asked at each iterate, before its step, whether to stay there for good; a boolean scalar.
     """
+    return minimise_counted(objective, x, optimizer, steps, project=project, stop=stop)[0]
+
+
+def minimise_counted(
+    objective: Callable[[Tensor], Tensor],
+    x: Tensor,
+    optimizer: Optimizer,
+    steps: int,
+    *,
+    project: Project = lambda x: x,
+    stop: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As `minimise`; also how many steps were taken before it stopped, a scalar."""
     shape = x.shape
     state = optimizer.init(x.flatten())
     stopped = torch.zeros((), dtype=torch.bool, device=x.device)
+    taken = torch.zeros((), dtype=torch.int64, device=x.device)
     for tick in range(steps):
         here = optimizer.propose(state)
         gradient, value = grad_and_value(lambda flat: objective(flat.reshape(shape)))(here)
@@ -43,5 +57,6 @@ def minimise(
             stopped = stopped | stop(here.reshape(shape))
             moved = pytree.tree_map(partial(torch.where, stopped), state, moved)
         state = moved
+        taken = taken + (~stopped).long()
     final: Tensor = state.x
-    return final.reshape(shape)
+    return final.reshape(shape), taken
