@@ -38,6 +38,9 @@ RESERVE = 2.0
 MARGIN = 1.5
 """What is added for steps that take longer than the first ones, and for a machine that is busier than now."""
 
+INNER = 10
+"""Steps of a defense's own inner loop in a rehearsal; its time is stretched to all of them."""
+
 _NO_COST = ("steps", "restarts", "labels")
 
 
@@ -121,15 +124,24 @@ class Pacer:
         return self._known[key]
 
     def _measure(self, trial: Trial, setup: Setup, width: int) -> Pace:
+        trial, stretch = _shortened(trial)
         if not self._warm:
             _timed(trial, setup, 1, 1)  # whatever is loaded or compiled on first use
             self._warm = True
         memory, problem = _peak(trial, setup) if width == SMALL else (self._small(trial, setup).memory, "")
         if problem:
             return Pace(0.0, 0.0, memory, width, problem)
-        few, more = (_timed(trial, setup, width, limit) for limit in (FEW, MORE))
+        (few, client), (more, _) = (_timed(trial, setup, width, limit) for limit in (FEW, MORE))
         each = max(0.0, more - few) / (MORE - FEW)
-        return Pace(max(0.0, few - FEW * each) / width, each / width, memory, width)
+        fixed = max(0.0, few - FEW * each) / width + (stretch - 1.0) * client
+        return Pace(fixed, each / width, memory, width)
+
+
+def _shortened(trial: Trial) -> tuple[Trial, float]:
+    """The trial with short inner loops of its defenses, and how much longer the longest of them is."""
+    inner = [spec.asdict().get("steps", 0) for spec in trial.defense]
+    links = [spec.replace(steps=min(n, INNER)) if n else spec for spec, n in zip(trial.defense, inner, strict=True)]
+    return replace(trial, defense=tuple(links)), max([1.0, *(n / INNER for n in inner)])
 
 
 def _alike(trial: Trial) -> tuple[Any, ...]:
@@ -148,11 +160,12 @@ def rehearsal(trial: Trial, setup: Setup, count: int, limit: int) -> tuple[Group
     return Group(tuple(replace(trial, episode=r, pool="target", limit=limit) for r in rows)), setup
 
 
-def _timed(trial: Trial, setup: Setup, count: int, limit: int) -> float:
+def _timed(trial: Trial, setup: Setup, count: int, limit: int) -> tuple[float, float]:
+    """Seconds of a rehearsal, and of them those of one trial's client."""
     group, own = rehearsal(trial, setup, count, limit)
     began = _clock(setup.device)
-    run_group(group, own)
-    return _clock(setup.device) - began
+    outcomes = run_group(group, own).outcomes
+    return _clock(setup.device) - began, outcomes[0].client_seconds * trial.rounds
 
 
 def _clock(device: torch.device) -> float:
