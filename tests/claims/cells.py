@@ -1,6 +1,7 @@
 """Keep what audits measured of every defense, for the table in docs/defenses.md: tests/claims/measured/cells.json.
 
     python tests/claims/cells.py PRESET=DIR ...     read finished audits' report.json
+    python tests/claims/cells.py --accuracy FILE    read what `benchmarks/utility.py --json FILE` measured
 
 Each cell is one attack on one defense in one setting: the naive attacker, the worst who knows the defense, the best
 control, what a client pays, and a bound on any attack where there is one. docs/generate.py renders them.
@@ -18,6 +19,7 @@ from keyhole.report.verdict import FELL_FROM, NOT_BROKEN_UP_TO
 
 HERE = Path(__file__).parent
 KEPT = HERE / "measured" / "cells.json"
+ACCURACY = HERE / "measured" / "utility.json"
 
 Cell = dict[str, Any]
 Row = dict[str, Any]
@@ -97,12 +99,33 @@ def level(naive: list[Row], attacks: list[Row]) -> str:
     return "fell" if worst >= FELL_FROM else "partly" if worst > NOT_BROKEN_UP_TO else "not broken"
 
 
+def named(words: str) -> str:
+    """``clip norm=0.5 + prune rate=0.5`` as the report names it, ``clip(norm=0.5) -> prune(rate=0.5)``."""
+    links = []
+    for link in words.split("+"):
+        name, *options = link.split()
+        links.append(f"{name}({', '.join(options)})" if options else name)
+    return " -> ".join(links)
+
+
+def keep_accuracy(figures: dict[str, Any]) -> None:
+    """Add test accuracies, in [0, 1], to those that are kept."""
+    kept = json.loads(ACCURACY.read_text()) if ACCURACY.exists() else {}
+    for words, entry in figures.items():
+        kept[named(words)] = {end: entry["accuracy"][end] / 100 for end in ("value", "low", "high")}
+    ACCURACY.write_text(json.dumps(dict(sorted(kept.items())), indent=1) + "\n")
+
+
 def main() -> None:
     """Read reports and keep their cells."""
     parser = argparse.ArgumentParser(description="Keep what audits measured of every defense.")
-    parser.add_argument("measured", nargs="+", metavar="PRESET=DIR", help="finished audits")
+    parser.add_argument("measured", nargs="*", metavar="PRESET=DIR", help="finished audits")
+    parser.add_argument("--accuracy", type=Path, help="figures of benchmarks/utility.py")
+    chosen = parser.parse_args()
+    if chosen.accuracy:
+        keep_accuracy(json.loads(chosen.accuracy.read_text()))
     cells, today = load(), datetime.date.today().isoformat()
-    for given in parser.parse_args().measured:
+    for given in chosen.measured:
         audit, _, folder = given.partition("=")
         cells = merge(cells, audit, cells_of(audit, json.loads((Path(folder) / "report.json").read_text()), today))
     save(cells)
