@@ -155,7 +155,7 @@ def _alike(trial: Trial) -> tuple[Any, ...]:
 def rehearsal(trial: Trial, setup: Setup, count: int, limit: int) -> tuple[Group, Setup]:
     """A group like that of ``trial`` with public images for secrets, one update each, stopped after ``limit``."""
     public, size = setup.data.public, trial.batch_size
-    setup = replace(setup, data=replace(setup.data, target=public))
+    setup = replace(setup, data=replace(setup.data, target=public), last_client={})
     rows = [tuple((size * i + j) % len(public) for j in range(size)) for i in range(count)]
     return Group(tuple(replace(trial, episode=r, pool="target", limit=limit) for r in rows)), setup
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +55,8 @@ class Setup:
     """Digest of what the model does to pixels and of its modes, for trials."""
     dtype: torch.dtype
     device: torch.device
+    last_client: dict[str, Any] = field(default_factory=dict, repr=False)
+    """What the group before this one observed, for attackers who look at the same updates."""
 
     def networks(self, trial: Trial) -> tuple[Weights, ...]:
         """The weights that each update of a trial started from."""
