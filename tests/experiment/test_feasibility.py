@@ -458,3 +458,13 @@ def test_what_cannot_run_is_said_before_it_does_not() -> None:
     assert outlook.problems
     assert all("needs targets" in problem for problem in outlook.problems)
     assert outlook.feasibility.verdict == "unlikely by these attacks"
+
+
+def test_who_has_a_guess_for_each_epoch_is_not_wrong_about_its_order(setup: Setup) -> None:
+    """The order of the steps is what such an attacker finds; one who guesses it once leaves much unexplained."""
+    found = {}
+    for belief in ("exact", "order_unknown"):
+        client = "client={rule='sgd', lr=0.5, epochs=2, batch_size=1, images=4, order='shuffled'}"
+        one = load_experiment("quick", [client, f"attacker.belief={belief}", "run.samples=4"])
+        found[belief] = look(one, setup, [ATTACKS.build("idlg")]).mismatch
+    assert found["order_unknown"] < 1e-3 < found["exact"]

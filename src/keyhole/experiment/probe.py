@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from keyhole.attacks.matching import GradientMatching
 from keyhole.core.attack import Attack, SequentialAttack
 from keyhole.core.keys import fold_in, new_key
 from keyhole.core.registry import BELIEFS, RULES
-from keyhole.core.rule import ClientRule
+from keyhole.core.rule import ClientRule, LocalSGD
 from keyhole.core.task import Task, plain_gradient
 from keyhole.core.tensors import dot, flatten, safe_norm
 from keyhole.core.trial import Spec
@@ -230,6 +230,9 @@ def _mismatch(
     spec: Spec, rule: ClientRule, gradient: GradFn, weights: Weights, batch: Batch, update: Tensors, key: Key
 ) -> float:
     belief = BELIEFS.build(spec.name, rule=rule, **spec.asdict())
+    if belief.copies > 1 and isinstance(rule, LocalSGD):
+        # Guesses of their own for each epoch fit any order; the one they are in here must be the client's.
+        update = replace(rule, order="fixed")(gradient, weights, batch, key).update
     inputs, targets = (part.repeat(belief.copies, *(1 for _ in part.shape[1:])) for part in batch[:2])
     guess = Batch(inputs, targets, batch.share.repeat(belief.copies) / belief.copies)
     unknowns = belief.unknowns(inputs, fold_in(key, "unknowns"))
