@@ -141,7 +141,7 @@ def measured_cells() -> Iterator[str]:
         "above the best control. *Client*: seconds for one update when all of a group are worked on together, on one",
         "CPU core. *Bound*: the largest share that any attack could recover, where the mechanism's noise gives one.",
         "*Accuracy*: on held-out digits after 20 rounds of federated averaging with that defense on all ten clients",
-        "(`benchmarks/utility.py`, 3 seeds).",
+        "(`python benchmarks/utility.py`, 3 seeds).",
         "A dash: not measured, or there is none. Every defense had the same attack budget.",
         "",
     )
