@@ -54,7 +54,8 @@ def cells_of(audit: str, report: dict[str, Any], day: str) -> list[Cell]:
         raise SystemExit(f"the audit of {audit} is not complete; run it to the end first")
     groups: dict[tuple[str, str, str], list[Row]] = {}
     for row in report["rows"]:
-        if row["n"] and not row["attack"].startswith("labels_only"):
+        regular = row["statuses"].keys() - {"diverged", "failed", "refused"}
+        if row["n"] and regular and not row["attack"].startswith("labels_only"):
             groups.setdefault((row.get("setting", ""), row["defense"], row["attack"]), []).append(row)
     found = []
     for (setting, defense, attack), rows in groups.items():

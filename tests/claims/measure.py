@@ -33,12 +33,17 @@ def cards() -> dict[str, dict[str, Any]]:
     return {path.stem: json.loads(path.read_text()) for path in sorted(HERE.glob("*.json"))}
 
 
+BARS = {"at_least": "at least", "at_most": "at most", "low_at_least": "interval from"}
+
+
 def is_met(card: dict[str, Any]) -> bool | None:
     """Whether the measured value keeps the claim; `None` where nothing was measured or no bar is set."""
     measured, claimed = card.get("measured"), card["claimed"]
     if measured is None or claimed is None:
         return None
-    return claimed.get("at_least", float("-inf")) <= measured <= claimed.get("at_most", float("inf"))
+    if "low_at_least" in claimed and not (card["interval"] and card["interval"][0] >= claimed["low_at_least"]):
+        return False
+    return bool(claimed.get("at_least", float("-inf")) <= measured <= claimed.get("at_most", float("inf")))
 
 
 Report = dict[str, Any]
@@ -150,9 +155,7 @@ def render(all_cards: dict[str, dict[str, Any]]) -> str:
     ]
     for card in all_cards.values():
         bar = (
-            "shown"
-            if card["claimed"] is None
-            else " and ".join(f"{k.replace('_', ' ')} {v:g}" for k, v in card["claimed"].items())
+            "shown" if card["claimed"] is None else " and ".join(f"{BARS[k]} {v:g}" for k, v in card["claimed"].items())
         )
         value = "not yet measured" if card.get("measured") is None else f"{card['measured']:.3g}"
         if card.get("interval"):

@@ -37,7 +37,7 @@ def test_card_is_whole(name: str, measure: ModuleType) -> None:
     assert card.keys() == {"statement", "paper", "setting", "claimed", "measure", "measured", "interval", "date"}
     assert (card["measured"] is None) == (card["date"] is None)
     if card["claimed"] is not None:
-        assert card["claimed"].keys() <= {"at_least", "at_most"}
+        assert card["claimed"].keys() <= {"at_least", "at_most", "low_at_least"}
     if "defense" in card["measure"]:
         assert card["measure"]["defense"].partition("(")[0] in {"none", *(c.name for c in DEFENSES)}
 
@@ -111,3 +111,10 @@ def test_feedback_and_gray_starts_are_compared_on_the_same_images(tmp_path: Path
     assert all(row.n == 6 and row.success is not None and row.success.value >= 0.5 for row in found.values())
     (test,) = (c for c in report.comparisons if c.kind == "attack")
     assert test.n == 4, "the first update of each series of three comes before feedback"
+
+
+def test_a_bar_on_an_interval_asks_for_its_lower_end(measure: Any) -> None:
+    card = {"claimed": {"low_at_least": 0.0}, "measured": 0.1, "interval": [-0.01, 0.2]}
+    assert measure.is_met(card) is False
+    assert measure.is_met({**card, "interval": [0.01, 0.2]}) is True
+    assert measure.is_met({**card, "interval": None}) is False

@@ -128,10 +128,13 @@ def test_in_every_rule_and_mode(name: str, case: str, make_setup: Any, make_tria
         (("clip", "prune"), {"rounds": 3}, False),  # nothing is drawn here, but the chain cannot know
         (("clip", "prune"), {"series": 2}, True),
         (("gaussian_noise",), {}, False),
+        (("soteria",), {}, True),
+        (("soteria",), {"rule": "sgd", "epochs": 2, "lr": 0.1}, False),
+        (("random_masking",), {"rule": "sgd", "epochs": 2, "lr": 0.1}, True),
     ],
 )
 def test_the_plan_runs_it_only_where_the_promise_holds(
-    chain: tuple[str, ...], client: dict[str, int], stays: bool, tmp_path: Any
+    chain: tuple[str, ...], client: dict[str, Any], stays: bool, tmp_path: Any
 ) -> None:
     raw = {
         "data": {"name": "digits"},

@@ -163,7 +163,7 @@ def test_what_it_did_is_on_record(bench: Any) -> None:
     batch, notes = bench.batch(2), {}
     clip = sum(sorted(norm(g) for g in by_autograd(bench, batch))) / 2  # between the two
     threat = ThreatModel(LocalSGD(epochs=3, lr=1e-9, batch_size=2), batch_size=2)
-    observe(bench.task, threat, DPSGD(clip=clip), bench.weights, (batch, batch), KEY, notes=notes)
+    observe(bench.task, threat, DPSGD(clip=clip), bench.weights, (batch, batch), KEY, notes=[notes, notes])
     means = {name: float(torch.stack(values).mean()) for name, values in notes.items()}
     assert means["noisy gradients"] == 6
     assert means["share of examples clipped"] == 0.5

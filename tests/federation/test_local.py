@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+import keyhole.defenses  # noqa: F401  (fills the registry)
 from keyhole.core.defense import Context, Defense, chain
 from keyhole.core.keys import fold_in, new_key, normal, uniform
+from keyhole.core.registry import DEFENSES
 from keyhole.core.task import Bounds, Task, plain_gradient, weights_of
 from keyhole.core.types import Batch, GradFn, Key, Tensors, Weights
 from keyhole.errors import ConfigError
@@ -366,6 +368,42 @@ def test_running_statistics_move_under_a_defense_too() -> None:
     inputs, _ = data()
     functional_call(model, weights.params, (inputs[20].expand(4, *SHAPE),))  # the client with one image
     assert torch.allclose(silent.weights.buffers["1.running_var"][2], model[1].running_var, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("soteria", {"rate": 0.4}),
+        ("concealing", {"steps": 3, "start": "noise"}),
+        ("obscuring", {"steps": 3}),
+        ("dp_sgd", {"clip": 0.5, "noise_multiplier": 0.1}),
+        ("user_dp", {"clip": 0.5}),
+        ("random_masking", {}),
+        ("gaussian_noise", {}),
+        ("top_k", {}),
+    ],
+)
+def test_every_client_of_a_published_defense_learns_its_head_too(name: str, options: dict[str, Any]) -> None:
+    """A public reference implementation silently sent the defended client's weights back as they came."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(64, 12), nn.Sigmoid(), nn.Linear(12, CLASSES)).double()
+    task = Task.of(model, SHAPE, CLASSES, Bounds.of((0.5,), (0.5,), torch.float64))
+    weights = weights_of(model, torch.float64)
+    inputs, targets = data(24)
+    clients = tuple(torch.arange(start, start + 8) for start in (0, 8, 16))
+    public = Batch(inputs[:8], targets[:8], torch.full((8,), 1 / 8).double())
+    sent = train_round(
+        task, weights, inputs, targets, clients, LocalTraining(lr=0.1, batch_size=4), new_key(3),
+        defense=DEFENSES.build(name, **options), public=public,
+    )  # fmt: skip
+    bare = train_round(task, weights, inputs, targets, clients, LocalTraining(lr=0.1, batch_size=4), new_key(3))
+    learned, undefended = sent.weights.params, bare.weights.params
+    for client in range(3):
+        for part in ("3.weight", "3.bias", "1.weight"):
+            assert not torch.equal(learned[part][client], weights.params[part]), "this client has learned nothing"
+        changed = [not torch.equal(learned[name][client], undefended[name][client]) for name in learned]
+        assert any(changed), "this client is not defended"
 
 
 def test_what_cannot_be_trained_is_refused() -> None:

@@ -40,6 +40,7 @@ class LabelsOnly(DirectAttack):
     """
 
     labels: str = "auto"
+    pictures = False
 
     def __post_init__(self) -> None:
         LABELS.card(self.labels, "attack option 'labels'")

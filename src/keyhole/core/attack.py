@@ -19,6 +19,9 @@ attackers who are given the labels."""
 class Attack(ABC):
     """One method, written for one trial. No argument of any method can carry the truth."""
 
+    pictures: bool = True
+    """Whether its answer is images, rather than labels alone."""
+
     @property
     @abstractmethod
     def needs(self) -> frozenset[Field]:

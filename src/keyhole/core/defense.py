@@ -71,6 +71,8 @@ class Counter:
     scale_free: bool = False
     """Compares directions only. In a chain such a counter compares last, whichever defense it belongs to: a norm means
     the same on both sides only once they have the same entries."""
+    one_step: bool = False
+    """Whether it can only explain an update of one gradient; trials with local steps are refused."""
     last: bool = False
     """Whether it can only undo what nothing acted on afterwards, as the rounding of a quantiser."""
     distance: Distance | None = None
@@ -105,8 +107,18 @@ class Counter:
         """What of the simulated and of the observed update is compared, before the distance."""
         return simulated, observed
 
-    def truth_stays(self, rounds: int, series: int) -> bool:
-        """Whether the loss is zero at the truth, for so many updates of one batch or of different ones."""
+    def told(self, batch_size: int) -> Counter:
+        """The same counter, for updates of so many images."""
+        return self
+
+    def truth_stays(self, rounds: int, series: int, steps: int = 1) -> bool:
+        """Whether the loss is zero at the truth.
+
+        Args:
+            rounds: updates of one batch.
+            series: updates of different batches.
+            steps: gradients behind one update.
+        """
         return self.truth_loss == "zero"
 
     def expected_truth_loss(self, observed: Tensors) -> tuple[float, float]:
@@ -237,6 +249,7 @@ class CounterChain(Counter):
         self.needs = frozenset[Field]().union(*(part.needs for part in parts))
         laws = {part.truth_loss for part in parts}
         self.last = any(part.last for part in parts)
+        self.one_step = any(part.one_step for part in parts)
         undone = not any(part.last for part in parts[:-1])
         self.truth_loss = "zero" if laws == {"zero"} and undone else "none"
         self.scale_free = all(part.scale_free for part in parts)
@@ -250,11 +263,17 @@ class CounterChain(Counter):
         special = [part for part in self.parts if type(part).combine is not Counter.combine]
         return special[-1].combine(updates) if special else super().combine(updates)
 
-    def truth_stays(self, rounds: int, series: int) -> bool:
+    def told(self, batch_size: int) -> CounterChain:
+        """Each part told."""
+        return CounterChain(tuple(part.told(batch_size) for part in self.parts))
+
+    def truth_stays(self, rounds: int, series: int, steps: int = 1) -> bool:
         """Over several rounds of one batch only where no part acts on what another one drew afresh in each."""
         special = any(type(part).combine is not Counter.combine for part in self.parts)
         alone = rounds == 1 or not special or len(self.parts) == 1
-        return self.truth_loss == "zero" and alone and all(part.truth_stays(rounds, series) for part in self.parts)
+        return (
+            self.truth_loss == "zero" and alone and all(part.truth_stays(rounds, series, steps) for part in self.parts)
+        )
 
     def facts(self, task: Task, seen: tuple[Observation, ...]) -> Tensors:
         """Facts of all parts, prefixed with their position."""

@@ -81,7 +81,7 @@ def observe(
     secret: tuple[Batch, ...],
     key: Key,
     public: Batch | None = None,
-    notes: dict[str, list[Tensor]] | None = None,
+    notes: list[dict[str, list[Tensor]]] | None = None,
 ) -> tuple[Observation, ...]:
     """Everything an attacker sees of an episode: one observation for each private batch, in order.
 
@@ -96,9 +96,9 @@ def observe(
         secret: the private batches, one a round.
         key: the client's randomness, which the attacker never gets.
         public: public images with labels, which clients and attackers have.
-        notes: filled with what the defenses put on record about themselves, which is no part of what is seen.
+        notes: one dictionary for each round, filled with what the defenses put on record about themselves, which is
+            no part of what is seen.
     """
-    notes = {} if notes is None else notes
     state: dict[str, Tensors] = {}
     seen = []
     for number, batch in enumerate(secret):
@@ -107,7 +107,15 @@ def observe(
         hints: Tensors = {}
         again = threat.repeated and number > 0
         ctx = Context(
-            task, received, fold_in(own, "defense"), number, again, public=public, state=state, notes=notes, hints=hints
+            task,
+            received,
+            fold_in(own, "defense"),
+            number,
+            again,
+            public=public,
+            state=state,
+            hints=hints,
+            notes={} if notes is None else notes[number],
         )
         client = fold_in(own, "client")
         trained = defense.on_batch(batch, ctx)

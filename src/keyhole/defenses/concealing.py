@@ -115,9 +115,14 @@ class Matched(Counter):
     name = "matched"
     needs: frozenset[Field] = frozenset({"hints"})
     truth_loss = "none"
+    one_step = True
 
-    def __init__(self, mixing: Mixing) -> None:
-        self.mixing = mixing
+    def __init__(self, mixing: Mixing, batch_size: int = 1) -> None:
+        self.mixing, self.batch_size = mixing, batch_size
+
+    def told(self, batch_size: int) -> Counter:
+        """For batches of another size."""
+        return type(self)(self.mixing, batch_size)
 
     def combine(self, updates: Tensors) -> Tensors:
         """The first round's update."""
@@ -154,7 +159,7 @@ class LabelsFound(Matched):
     """As `Matched`, but nobody tells the proxies' labels: a soft label of each joins the unknowns."""
 
     name = "labels_found"
-    needs: frozenset[Field] = frozenset({"targets"})
+    needs: frozenset[Field] = frozenset()
 
     def facts(self, task: Task, seen: tuple[Observation, ...]) -> Tensors:
         """None."""
@@ -162,8 +167,7 @@ class LabelsFound(Matched):
 
     def unknowns(self, task: Task, seen: tuple[Observation, ...], key: Key) -> Tensors:
         """Dummies for the proxies, and the logits of their labels."""
-        images = 0 if seen[0].targets is None else seen[0].targets.shape[0]
-        count = self.mixing.count(images) * self.mixing.proxies
+        count = self.mixing.count(self.batch_size) * self.mixing.proxies
         dummies = self._dummies(task, seen, key, count)
         return {"proxies": dummies, "labels": normal(fold_in(key, "labels"), (count, task.num_classes), dummies.dtype)}
 
@@ -200,7 +204,8 @@ class Concealing(Defense):
             own labels (l = 1), n = 2, no projection.
         start: proxies begin as public images (``natural``), mixed with the sensitive ones by l (``mixup``), or as
             N(0, 1) with random labels (``noise``).
-        sensitive: how many images of a batch are protected, its last ones; 0 for all.
+        sensitive: how many images of a batch are protected, its last ones (in an audit batches are sorted by class);
+            0 for all. The report scores protected images only.
         proxies: proxies of each sensitive image, m, at least 1.
         steps: inner steps, at least 1; a tenth of the rate after 3/8, 5/8 and 7/8 of them.
         lr: inner step size in input units, above 0.
@@ -265,6 +270,8 @@ class Concealing(Defense):
             enlarged = mixing.enlarge(batch, proxies, labels)
             sent, honest, fired = mixing.send(gradient, weights, batch, enlarged, key)
             ctx.hint("labels", labels)
+            if count < batch.inputs.shape[0]:
+                ctx.note("protected", (torch.arange(batch.inputs.shape[0]) >= batch.inputs.shape[0] - count).double())
             ctx.note("distance", apart(proxies, private.inputs))
             ctx.note("gradient_cosine", dot(sent, honest) / (safe_norm(sent) * safe_norm(honest) + 1e-12))
             ctx.note("projection_fired", fired.to(proxies.dtype))

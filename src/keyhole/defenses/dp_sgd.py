@@ -27,6 +27,9 @@ Accountant = Literal["rdp", "prv"]
 LARGEST_PRV = 100.0
 """Above this epsilon the PRV accountant's grid no longer fits into memory, and no epsilon of this size protects."""
 
+SMALLEST_NOISE = 1e-6
+"""Noise multipliers between 0 and this have an epsilon beyond what the accountants can compute."""
+
 _ALPHAS = tuple(1.0 + 10.0 ** (power / 4) for power in range(-24, 1))
 """Renyi orders near 1, which little noise calls for, beside Opacus's own."""
 
@@ -100,12 +103,12 @@ class DPSGD(Defense):
     standard deviations of the noise.
 
     Args:
-        noise_multiplier: z, at least 0: the noise's standard deviation on the sum in units of C.
+        noise_multiplier: z, 0 or at least 1e-6: the noise's standard deviation on the sum in units of C.
         clip: the norm C, above 0, in units of one example's gradient.
         sample_rate: q in (0, 1], the probability with which each example takes part in a step. An audit's batch is
             what the sampling chooses from; at 1, the default, the secret always takes part, which is the worst case.
         batch: the expected batch size B that divides the sum; 0, the default, takes q times the images in the step.
-        delta: of the guarantee that the report states, in (0, 1).
+        delta: of the guarantee that the report states, in [1e-12, 0.1].
         accountant: ``rdp`` or ``prv`` (tighter; epsilon up to 100), both Opacus's.
 
     Source: Abadi et al., CCS 2016, https://arxiv.org/abs/1607.00133, algorithm 1, which divides by the expected size
@@ -125,10 +128,11 @@ class DPSGD(Defense):
     accountant: Accountant = "rdp"
 
     def __post_init__(self) -> None:
-        check_range("noise_multiplier", self.noise_multiplier, 0, math.inf, open_high=True)
+        if self.noise_multiplier != 0:
+            check_range("noise_multiplier", self.noise_multiplier, SMALLEST_NOISE, math.inf, open_high=True)
         check_range("clip", self.clip, 0, math.inf, open_low=True, open_high=True)
         check_range("sample_rate", self.sample_rate, 0, 1, open_low=True)
-        check_range("delta", self.delta, 0, 1, open_low=True, open_high=True)
+        check_range("delta", self.delta, 1e-12, 0.1)
         check_range("batch", self.batch, 0, math.inf, open_high=True)
 
     def expected(self, batch: Batch) -> float:
@@ -169,12 +173,12 @@ class DPSGD(Defense):
 
         Args:
             steps: noisy gradients in which the record may take part, at least 0.
-            delta: in (0, 1); by default that of the defense.
+            delta: in [1e-12, 0.1]; by default that of the defense.
             accountant: ``rdp`` or ``prv``; by default that of the defense.
         """
         check_range("steps", steps, 0)
         delta, accountant = self.delta if delta is None else delta, accountant or self.accountant
-        check_range("delta", delta, 0, 1, open_low=True, open_high=True)
+        check_range("delta", delta, 1e-12, 0.1)
         epsilon = _epsilon(self.noise_multiplier, self.sample_rate, steps, delta, accountant)
         return Privacy(epsilon, delta, steps, accountant)
 

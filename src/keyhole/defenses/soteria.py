@@ -132,7 +132,10 @@ class Soteria(Defense):
         pixels = inputs * bounds.std + bounds.mean
         start = normal(fold_in(ctx.key, "soteria"), tuple(inputs.shape), inputs.dtype)
         stretch = largest_stretch(lambda p: body(weights)(bounds.from_pixels(p)), pixels, start)
-        ctx.note("certified_mse", lost / stretch.square().clamp(min=1e-30) / inputs[0].numel())
+        certified = lost / stretch.square().clamp(min=1e-30) / inputs[0].numel()
+        # No picture in [0, 1] is further away than this: to first order none has these features, and nothing is said.
+        furthest = torch.maximum(pixels, 1.0 - pixels).square().flatten(1).mean(1)
+        ctx.note("certified_mse", torch.where(certified <= furthest, certified, torch.nan))
         return kept
 
     def counters(self) -> tuple[Counter, ...]:
@@ -260,6 +263,10 @@ class DropLayer(Counter):
     def __init__(self, layer: str) -> None:
         self.layer = layer
 
+    def truth_stays(self, rounds: int, series: int, steps: int = 1) -> bool:
+        """For one gradient: later steps start from a head that was pruned, which this attacker does not simulate."""
+        return steps == 1
+
     def facts(self, task: Task, seen: tuple[Observation, ...]) -> Tensors:
         """0 for the defended tensor and 1 for the others, by name."""
         dropped = f"{defended(task, self.layer)}.weight"
@@ -285,6 +292,10 @@ class MaskColumns(Counter):
 
     def __init__(self, layer: str) -> None:
         self.layer = layer
+
+    def truth_stays(self, rounds: int, series: int, steps: int = 1) -> bool:
+        """For one gradient: of several, each step may have pruned other columns."""
+        return steps == 1
 
     def facts(self, task: Task, seen: tuple[Observation, ...]) -> Tensors:
         """Which columns of the defended tensor were sent, (d,), by the tensor's name."""

@@ -33,7 +33,7 @@ class Accumulated(Survivors):
         """The gradient behind all rounds; zero where nothing was ever sent."""
         return map_tensors(self._undo, updates)
 
-    def truth_stays(self, rounds: int, series: int) -> bool:
+    def truth_stays(self, rounds: int, series: int, steps: int = 1) -> bool:
         """Not on different batches: later updates hold what waited from earlier ones."""
         return series == 1
 

@@ -11,14 +11,16 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from keyhole.core.belief import Belief
-from keyhole.core.defense import Context
 from keyhole.core.keys import new_key
 from keyhole.core.registry import ATTACKS, BELIEFS, RULES
+from keyhole.core.threat import ThreatModel, observe
+from keyhole.errors import Refused
 from keyhole.experiment.plan import Chosen, Group, build_defense, choose, compose, plan, plan_tuning
+from keyhole.experiment.probe import public_batch
+from keyhole.experiment.run import public_images
 from keyhole.experiment.setup import Setup, find_device, prepare
 from keyhole.experiment.spec import AttackEntry, Experiment, Study
 from keyhole.experiment.store import SECRETS, Store
@@ -153,13 +155,22 @@ def describe(experiment: Experiment, setup: Setup, groups: list[Group], chosen: 
 
 
 def _try_defenses(experiment: Experiment, setup: Setup) -> None:
-    """Every defense once, on an update of zeros: options that do not fit the model end the audit before it begins."""
+    """Every defense once, on public images: options that do not fit the model end the audit before it begins.
+
+    What a defense refuses is no error: its trials will say so.
+    """
     weights = setup.weights[experiment.run.seeds[0]][0]
+    client = experiment.client
+    threat = ThreatModel(RULES.build(client.rule, **client.spec.asdict()), batch_size=client.size)
+    batch, public = public_batch(setup, client), public_images(setup)
     for specs in experiment.defenses:
-        defense = build_defense(specs)
-        task = defense.on_task(setup.task)
-        zeros = {name: torch.zeros_like(value) for name, value in weights.params.items()}
-        defense.on_update(zeros, Context(task, weights, new_key(0, setup.device)))
+        # One step of an inner loop is enough to see that it runs.
+        short = tuple(spec.replace(steps=1) if "steps" in spec.asdict() else spec for spec in specs)
+        defense = build_defense(short)
+        try:
+            observe(defense.on_task(setup.task), threat, defense, weights, (batch,), new_key(0, setup.device), public)
+        except Refused:
+            continue
 
 
 def _keep_secrets(both: Sequence[tuple[Experiment, Setup]], store: Store) -> None:

@@ -16,9 +16,10 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from keyhole.core.attack import Attack, IterativeAttack, SequentialAttack
-from keyhole.core.registry import ATTACKS
+from keyhole.core.registry import ATTACKS, RULES
+from keyhole.core.rule import ClientRule
 from keyhole.core.trial import Spec, Trial
-from keyhole.experiment.plan import Group, base_attacker, build_defense
+from keyhole.experiment.plan import Group, base_attacker, build_defense, find_counter
 from keyhole.experiment.run import run_group
 from keyhole.experiment.setup import Setup
 from keyhole.experiment.spec import AttackEntry
@@ -48,6 +49,12 @@ def most_evaluations(attack: Attack) -> int:
     """Evaluations of the objective that an attack may use on one update: all steps of all starts."""
     one = attack.inner if isinstance(attack, SequentialAttack) else attack
     return one.steps * one.restarts if isinstance(one, IterativeAttack) else 1
+
+
+def _of_second(trial: Trial) -> int:
+    """Evaluations of the counter's second attack, taken to cost as much as those of the first."""
+    then = find_counter(build_defense(trial.defense), trial.attacker).then
+    return 0 if then is None else most_evaluations(then)
 
 
 def costliest(entry: AttackEntry) -> Spec:
@@ -96,8 +103,10 @@ class Pacer:
             width: trials of its group.
         """
         defense = build_defense(trial.defense)
+        rule: ClientRule = RULES.build(trial.rule.name, **trial.rule.asdict())
+        steps = rule.steps(trial.batch_size)
         stands_in = not trial.attacker.startswith(("naive", "adaptive"))
-        trial = replace(trial, attacker=base_attacker(defense) if stands_in else trial.attacker)
+        trial = replace(trial, attacker=base_attacker(defense, trial.sees, steps) if stands_in else trial.attacker)
         plain = replace(trial, defense=(), attacker="naive")
         if trial.attacker == "naive" and defense.counters() and defense.on_task(setup.task) is setup.task:
             trial = plain  # to this attacker the update is like any other
@@ -241,7 +250,7 @@ def price(groups: Iterable[tuple[Group, Setup]], pacer: Pacer, jobs: int) -> Cos
         if pace.problem:
             seconds.append(0.0)
             continue
-        evaluations = most_evaluations(_built(trial.attack))
+        evaluations = most_evaluations(_built(trial.attack)) + _of_second(trial)
         if trial.limit:
             evaluations = min(evaluations, trial.limit)
         updates = len(trial.episode) // trial.batch_size

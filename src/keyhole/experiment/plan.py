@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import fmean
@@ -17,6 +17,7 @@ from statistics import fmean
 from keyhole.core.attack import IterativeAttack
 from keyhole.core.defense import Counter, Defense, chain
 from keyhole.core.registry import ATTACKS, BELIEFS, DEFENSES, RULES
+from keyhole.core.rule import ClientRule
 from keyhole.core.trial import Outcome, Spec, Trial
 from keyhole.errors import ConfigError
 from keyhole.experiment.setup import Setup
@@ -62,10 +63,22 @@ def find_counter(defense: Defense, attacker: str) -> Counter:
     return next(counter for counter in defense.counters() if counter.name == name)
 
 
-def base_attacker(defense: Defense) -> str:
-    """The attacker that controls and self-test stand beside: the first adaptive one, or else the naive one."""
-    counters = defense.counters()
-    return f"adaptive:{counters[0].name}" if counters else "naive"
+def base_counter(defense: Defense, sees: Collection[str], steps: int) -> Counter | None:
+    """The first counter that has what it needs: controls and self-test stand beside it. `None`: beside the naive one.
+
+    Args:
+        defense: what the client does.
+        sees: what the attacker sees.
+        steps: gradients behind one update.
+    """
+    able = (c for c in defense.counters() if c.needs <= set(sees) and (steps == 1 or not c.one_step))
+    return next(able, None)
+
+
+def base_attacker(defense: Defense, sees: Collection[str], steps: int) -> str:
+    """The attacker that controls and self-test stand beside; see `base_counter`."""
+    counter = base_counter(defense, sees, steps)
+    return "naive" if counter is None else f"adaptive:{counter.name}"
 
 
 def plan_tuning(experiment: Experiment, setup: Setup) -> list[Group]:
@@ -122,7 +135,7 @@ def _cell(
     experiment: Experiment, setup: Setup, specs: tuple[Spec, ...], index: int, seed: int, chosen: Chosen
 ) -> Iterator[Group]:
     defense = build_defense(specs)
-    base = base_attacker(defense)
+    base = base_attacker(defense, experiment.sees, _steps(experiment))
     for attacker in ("naive", *(f"adaptive:{counter.name}" for counter in defense.counters())):
         spec = chosen(specs, index, attacker)
         yield from _groups(experiment, setup, spec, specs, attacker, seed, others=attacker == base)
@@ -134,10 +147,19 @@ def _cell(
 
 def _truth_stays(experiment: Experiment, spec: Spec, defense: Defense) -> bool:
     """Whether starting at the truth must lead nowhere else: nothing random is left that the attacker does not know."""
-    counters, client = defense.counters(), experiment.client
+    client, steps = experiment.client, _steps(experiment)
+    counter = base_counter(defense, {*experiment.sees, "targets"}, steps)
     iterative = isinstance(ATTACKS.build(spec.name, **spec.asdict()), IterativeAttack)
     known = not RULES.build(client.rule, **client.spec.asdict()).order_matters(client.size)
-    return iterative and known and (not counters or counters[0].truth_stays(client.rounds, client.series))
+    stays = not defense.counters() if counter is None else counter.truth_stays(client.rounds, client.series, steps)
+    return iterative and known and stays
+
+
+def _steps(experiment: Experiment) -> int:
+    """Gradients behind one update."""
+    client = experiment.client
+    rule: ClientRule = RULES.build(client.rule, **client.spec.asdict())
+    return rule.steps(client.size)
 
 
 def _for_check(spec: Spec) -> Spec:

@@ -32,7 +32,7 @@ from keyhole.federation.norms import evaluating
 from keyhole.metrics.identify import ENOUGH_CANDIDATES, identified
 from keyhole.metrics.matching import assign
 from keyhole.parts.labels import multiset_overlap
-from keyhole.solve.drive import Paused, Watch, solve
+from keyhole.solve.drive import Paused, Watch, solve, without_then
 from keyhole.solve.lift import Shared, lift
 
 _SLICE = 250
@@ -121,9 +121,13 @@ def _answers(group: Group, setup: Setup, watch: Watch) -> list[Answer]:
     defense = build_defense(first.defense)
     attack: Attack = ATTACKS.build(first.attack.name, **first.attack.asdict())
     is_check = first.attacker == "check:truth"
-    knows = base_attacker(defense) if is_check or first.attacker.startswith("control:") else first.attacker
-    counter = find_counter(defense, knows)
     sees = frozenset(first.sees)
+    rule: ClientRule = RULES.build(first.rule.name, **first.rule.asdict())
+    steps = rule.steps(first.batch_size)
+    knows = first.attacker
+    if is_check or first.attacker.startswith("control:"):
+        knows = base_attacker(defense, sees | {"targets"} if is_check else sees, steps)
+    counter = find_counter(defense, knows).told(first.batch_size)
     if is_check:
         attack = attack.at_truth() if isinstance(attack, IterativeAttack) else attack
         sees |= (attack.needs & {"targets"}) | ({"masks"} if setup.task.drops else set())
@@ -131,7 +135,8 @@ def _answers(group: Group, setup: Setup, watch: Watch) -> list[Answer]:
     if missing:
         names = ", ".join(sorted(missing))
         raise Refused(f"'{first.attack.name}' ({first.attacker}) needs {names}, which this attacker does not see.")
-    rule = RULES.build(first.rule.name, **first.rule.asdict())
+    if counter.one_step and steps > 1:
+        raise Refused(f"'{knows}' can only explain an update of one gradient; here it is made of {steps}.")
     threat = ThreatModel(
         rule=rule,
         belief=BELIEFS.build(first.belief.name, rule=rule, **first.belief.asdict()),
@@ -155,14 +160,16 @@ def _answers(group: Group, setup: Setup, watch: Watch) -> list[Answer]:
         group.trials,
         setup,
         threat,
-        lambda: _see(task, threat, defense, weights, secret, client, shared, _public(setup)),
+        lambda: _see(task, threat, defense, weights, secret, client, shared, public_images(setup)),
     )
     bound = _bound(defense, first, rule, setup)
     facts = [{**fact, **bound} for fact in _facts(observations, len(group.trials))]
     if first.attacker == "control:prior_only":
         observations = tuple(_without_signal(o, attacker, shared) for o in observations)
     watch = replace(watch, limit=first.limit)
-    then = None if counter.then is None else _start_images(counter.then, group.trials, setup, attacker)
+    if not attack.pictures:
+        threat = replace(threat, counter=without_then(counter))
+    then = None if threat.counter.then is None else _start_images(threat.counter.then, group.trials, setup, attacker)
     solved = solve(attack, task, threat, observations, images, attacker, shared, watch, then)
     return [
         Answer(
@@ -218,8 +225,9 @@ def _bound(defense: Defense, trial: Trial, rule: ClientRule, setup: Setup) -> di
         return {}
     # One guess for each image of the batch, and, where labels are given, another one for each class, at most.
     tries = trial.batch_size * (setup.task.num_classes if "targets" in trial.sees else 1)
-    bound = defense.success_bound(min(1.0, tries * setup.prior), rounds)
-    return {} if bound is None else {"success_bound": bound}
+    prior = min(1.0, tries * setup.prior)
+    bound = defense.success_bound(prior, rounds)
+    return {} if bound is None else {"success_bound": bound, "success_prior": prior}
 
 
 def _see(
@@ -239,13 +247,17 @@ def _see(
     size = secret[0].inputs.shape[1]
 
     def see(batches: tuple[Batch, ...], key: Tensor) -> tuple[tuple[Observation, ...], dict[str, Tensor]]:
-        notes: dict[str, list[Tensor]] = {}
-        seen = observe(task, threat, defense, weights, batches, key, public, notes)
-        return seen, {name: joined(values) for name, values in notes.items()}
+        # Updates of the same images share their notes, as what is counted adds up for these images.
+        notes: list[dict[str, list[Tensor]]] = [{} for _ in (batches[:1] if threat.repeated else batches)]
+        each = notes * len(batches) if threat.repeated else notes
+        seen = observe(task, threat, defense, weights, batches, key, public, each)
+        names = dict.fromkeys(name for one in notes for name in one)
+        return seen, {name: joined([one[name] for one in notes if name in one]) for name in names}
 
-    def joined(values: list[Tensor]) -> Tensor:
-        whole = all(value.shape == (size,) for value in values)
-        return torch.stack([value if whole else value.mean() for value in values]).double().mean(0)
+    def joined(rounds: list[list[Tensor]]) -> Tensor:
+        whole = all(value.shape == (size,) for values in rounds for value in values)
+        each = [torch.stack([v if whole else v.mean() for v in values]).double().mean(0) for values in rounds]
+        return torch.cat(each) if whole else torch.stack(each).mean(0)
 
     observations, notes = lift(see, shared)(secret, keys)
     return observations, [
@@ -253,7 +265,7 @@ def _see(
     ]
 
 
-def _public(setup: Setup) -> Batch:
+def public_images(setup: Setup) -> Batch:
     """The public images, as a batch in the model's input space."""
     pool = setup.data.public
     targets = torch.nn.functional.one_hot(pool.labels.to(setup.device), setup.task.num_classes).to(setup.dtype)

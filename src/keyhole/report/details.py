@@ -32,14 +32,15 @@ NOTES_NOTE = (
     "when all updates of a group are worked on together."
 )
 BOUNDS_NOTE = (
-    "An upper bound on the share of images that any attack can recover, known or not, from the mechanism's noise and "
-    "the best guess without an update. A leak rate above it would be a fault of the defense or of this program."
+    "An upper bound on the probability with which any attack, known or not, recovers an image: from the mechanism's "
+    "noise and the success of the best guess without an update. That success is estimated from public images, as an "
+    "upper 95 % limit over the guesses tried. A leak rate above the bound by more than its interval would be a fault."
 )
 CERTIFICATES_NOTE = (
     "What a defense certifies for each image as the least mean squared error of a reconstruction that reproduces "
     "exactly what was shared; to first order where the network is not linear. Attackers who leave the defended tensor "
     "out, or mask it, are outside this assumption, as are those who do not reach an exact match, and clamping pixels "
-    "to [0, 1] can only bring an image nearer."
+    "to [0, 1] can only bring an image nearer. Void where, to first order, no picture in [0, 1] shares so."
 )
 VARIANTS_NOTE = (
     "Attack minus the one it is compared with, on the same updates. Solved: updates that the attack itself counts as "
@@ -155,11 +156,11 @@ def notes_table(report: Report) -> list[Line]:
 
 def bounds_table(report: Report) -> list[Line]:
     """Where a defense's noise bounds every attack: the bound beside what was measured."""
-    head = ["defense", "attack", "attacker", "leak rate (95 %)", "bound on any attack"]
+    head = ["defense", "attack", "attacker", "leak rate (95 %)", "best guess", "bound on any attack"]
     lines = [placed(report, "setting", head)]
     for row in report.rows:
         if row.is_attack and math.isfinite(row.bound):
-            line = [*names(row), rated(row.leak_rate), f"{percent(row.bound)} %"]
+            line = [*names(row), rated(row.leak_rate), f"{percent(row.prior)} %", f"{percent(row.bound)} %"]
             lines.append(placed(report, row.setting, line))
     return lines
 

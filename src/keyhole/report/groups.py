@@ -160,13 +160,19 @@ def _entries(outcomes: Iterable[Outcome]) -> dict[Key, Entry]:
                     "its line in outcomes.jsonl was changed or comes from another version: remove it and run again."
                 )
         for position, row in enumerate(trial.episode):
-            if "ssim" not in outcome.metrics:
+            if "ssim" not in outcome.metrics or not _counts(outcome, position):
                 continue
             entry = _entry(outcome, position)
             # An image that is met twice on one network counts once, with its better guess; controls likewise.
             if (key := (trial.seed, row)) not in found or entry.ssim > found[key].ssim:
                 found[key] = entry
     return found
+
+
+def _counts(outcome: Outcome, position: int) -> bool:
+    """Whether an image counts: where a defense protects some of a batch, only those."""
+    protected = outcome.notes.get("protected", [])
+    return len(protected) != len(outcome.trial.episode) or protected[position] > 0
 
 
 def _entry(outcome: Outcome, position: int) -> Entry:

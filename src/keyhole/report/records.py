@@ -99,6 +99,8 @@ class Row:
     """What a defense certifies, under its assumption, as the least mean squared error of each image."""
     below_certificate: Estimate = Estimate()
     """Share of images whose mean squared error is below what the defense certifies."""
+    prior: float = math.nan
+    """Success of the best guess without an update, from which the bound follows."""
     bound: float = math.nan
     """The largest share of images that any attack could recover, where the defense's noise sets a bound."""
 

@@ -183,7 +183,8 @@ def _row(setting: Setting, group: Group) -> Row:
         below_certificate=share({key: entries[key].mse < value for key, value in certified.items() if key in entries}),
         remarks=dict(Tally(o.detail for o in group.outcomes if o.detail and o.metrics and o.status != "diverged")),
         client_seconds=statistics.median([o.client_seconds for o in group.outcomes if o.metrics] or [math.nan]),
-        bound=max([o.facts["success_bound"] for o in group.outcomes if "success_bound" in o.facts], default=math.nan),
+        prior=_largest_fact(group, "success_prior"),
+        bound=_largest_fact(group, "success_bound"),
     )  # fmt: skip
 
 
@@ -209,6 +210,10 @@ def _certified(group: Group) -> dict[Key, float]:
         if trial.rule.name == "gradient" and len(own) == len(trial.episode):
             found.update({(trial.seed, row): value for row, value in zip(trial.episode, own, strict=True)})
     return found
+
+
+def _largest_fact(group: Group, name: str) -> float:
+    return max([outcome.facts[name] for outcome in group.outcomes if name in outcome.facts], default=math.nan)
 
 
 def _median_fact(group: Group, name: str) -> float:

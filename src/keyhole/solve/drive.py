@@ -125,8 +125,11 @@ def solve(
     watch = watch or Watch()
     then = threat.counter.then
     if then is not None:
-        half = replace(watch, progress=lambda fraction: watch.progress(fraction / 2))
-        plain = replace(threat, counter=_without_then(threat.counter))
+        if len(observations) > 1 and not threat.repeated:
+            raise Refused("the second attack works on one update at a time; set client.series = 1.")
+        # A limit is for both together.
+        half = replace(watch, limit=watch.limit // 2, progress=lambda fraction: watch.progress(fraction / 2))
+        plain = replace(threat, counter=without_then(threat.counter))
         first = solve(attack, task, plain, observations, images, keys, shared, half)
         return _second(then, task, plain, observations, then_images, keys, shared, watch, first)
     if threat.repeated and len(observations) > 1:
@@ -151,7 +154,8 @@ def solve(
     return _Loop(attack, task, threat, seen, images, keys, shared, watch).run()
 
 
-def _without_then(counter: Counter) -> Counter:
+def without_then(counter: Counter) -> Counter:
+    """The counter without its second attack."""
     own = copy.copy(counter)
     own.then = None
     return own
@@ -169,8 +173,6 @@ def _second(
     first: list[Solved],
 ) -> list[Solved]:
     """The second attack, which finds what the first one found among its facts; budgets and histories add up."""
-    if len(observations) > 1 and not threat.repeated:
-        raise Refused("the second attack works on one update at a time; set client.series = 1.")
     if not isinstance(then, IterativeAttack):
         raise TypeError(f"{type(then).__name__} is no iterative attack, and so no second one")
     found = stack([one.reconstruction.inputs for one in first], shared)
@@ -183,6 +185,7 @@ def _second(
     seen = lift(infer, shared)(observations, found, keys)
     rest = replace(
         watch,
+        limit=watch.limit - watch.limit // 2,
         progress=lambda fraction: watch.progress((1 + fraction) / 2),
         checkpoint=watch.checkpoint and watch.checkpoint.with_suffix(".then.safetensors"),
     )
