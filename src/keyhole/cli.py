@@ -135,7 +135,7 @@ def frontier_command(
         lambda bars: frontier(plan, folder, name=defense_name, jobs=jobs, device=device, progress=bars)
     )
     table, report, html = write_frontier(plan, done, folder)
-    _print_table(table)
+    _print_table([(*line[:3], *line[5:7]) for line in table])
     for said in (*remarks(done), report.verdict):
         out.print(f"\n{said}", highlight=False, markup=False)
     out.print(f"\nReport: {html.resolve()}", highlight=False, soft_wrap=True)

@@ -11,7 +11,7 @@ from keyhole.core.task import Bounds, Task, weights_of
 from keyhole.core.types import Weights
 from keyhole.errors import ConfigError
 from keyhole.federation.states import Federation, rounds
-from keyhole.federation.strategies import FedAdam, FedAvg, FedProx
+from keyhole.federation.strategies import FedAdam, FedAvg, FedProx, Noised
 
 SHAPE, CLASSES, EACH = (1, 4, 4), 3, 12
 
@@ -116,3 +116,22 @@ def test_training_goes_on_with_what_the_server_kept(strategy: FedAvg) -> None:
 def test_options_out_of_range_are_refused(kind: type[FedAvg], option: dict[str, float]) -> None:
     with pytest.raises(ConfigError):
         kind(**option)
+
+
+def test_noise_on_the_mean_is_that_of_clients_that_weigh_the_same() -> None:
+    def sent(clients: int) -> Weights:
+        each = normal(new_key(3), (clients, 40, 50), torch.float64)
+        return Weights({"w": each}, {"b": torch.arange(float(clients), dtype=torch.float64)[:, None]})
+
+    trained = sent(4)
+    before = Weights({"w": torch.zeros(40, 50, dtype=torch.float64)}, {})
+    server, examples = Noised(FedAvg(), 0.3, new_key(9)), torch.tensor([1, 2, 3, 100])
+    memory = server.begin(before)
+    first, memory = server.aggregate(before, trained, examples, memory)
+    second, memory = server.aggregate(before, trained, examples, memory)
+    noise = [after.params["w"] - trained.params["w"].mean(0) for after in (first, second)]
+    for one in noise:
+        assert abs(float(one.std()) - 0.3) < 0.02
+    assert abs(float((noise[0] * noise[1]).mean())) < 0.01
+    assert float(first.buffers["b"]) == 1.5
+    assert int(memory["noised"]["rounds"]) == 2

@@ -28,6 +28,7 @@ from keyhole.core.tensors import map_tensors, squared_norm
 from keyhole.core.trial import Spec
 from keyhole.core.types import Batch, Tensors, Weights
 from keyhole.defenses.dp_sgd import DPSGD
+from keyhole.defenses.user_dp import UserDP
 from keyhole.errors import ConfigError, DataError, ModelError, StoreError, cause
 from keyhole.experiment.plan import build_defense
 from keyhole.experiment.setup import TRAIN_IMAGES, find_device
@@ -36,7 +37,7 @@ from keyhole.experiment.training import Told, silent
 from keyhole.experiment.training_plan import TrainingPlan
 from keyhole.federation.local import State
 from keyhole.federation.states import AfterRound, accuracy, rounds
-from keyhole.federation.strategies import Memory
+from keyhole.federation.strategies import FedAvg, Memory, Noised
 from keyhole.solve.threads import one_thread
 from keyhole.zoo.datasets import Data, load_data
 from keyhole.zoo.models import build_model
@@ -140,7 +141,7 @@ class _Problem:
                 f"takes {section.test}; lower data.test, data.candidates or data.target."
             )
         self.plan, self.data, self.device = plan, data, device
-        self.federation, self.strategy = plan.federation.federation(), plan.federation.server()
+        self.federation = plan.federation.federation()
         name, normalize = plan.model.name, plan.model.normalize
         if normalize is None:
             normalize = bool(MODELS.card(name).facts.get("normalize", False)) if name is not None else False
@@ -193,13 +194,14 @@ class _Problem:
         task = plain if defense is None else defense.on_task(plain)
         run.seen = self.seen(run.seed)
         what = f"training {run.folder.parent.name}, seed {run.seed}"
+        key = _key(run.seed)
+        strategy = self._server(run.defense, key)
         weights, memory, states = _resume(run, start) or (start, None, None)
         if not run.rounds:
             run.rounds.append(AfterTraining(0, accuracy(task, start, *self.test)))
-            _keep(run, model, start, self.strategy.begin(start), ())
+            _keep(run, model, start, strategy.begin(start), ())
         before = weights
-        key = _key(run.seed)
-        given: dict[str, Any] = {"together": None, "public": self.public, "strategy": self.strategy}
+        given: dict[str, Any] = {"public": self.public, "strategy": strategy}
         steps = rounds(
             task, weights, self.inputs, self.labels, self.federation, key, done=len(run.rounds) - 1,
             defense=defense, memory=memory, states=states or None, **given,
@@ -216,6 +218,16 @@ class _Problem:
             before = after.weights
             told(what, after.number / self.federation.rounds)
         return run
+
+    def _server(self, specs: tuple[Spec, ...], key: Tensor) -> FedAvg:
+        """The strategy, and the noise that a defense leaves to the server."""
+        strategy = self.plan.federation.server()
+        for number, spec in enumerate(specs):
+            link = build_defense((spec,))
+            if isinstance(link, UserDP):
+                own = fold_in(fold_in(key, "server noise"), number)
+                strategy = Noised(strategy, link.server_noise(self.federation.clients), own)
+        return strategy
 
     def _model(self, seed: int) -> nn.Module:
         return build_model(

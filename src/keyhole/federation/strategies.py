@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from keyhole.core.keys import fold_in, normal
 from keyhole.core.tensors import map_tensors
-from keyhole.core.types import Tensors, Weights
+from keyhole.core.types import Key, Tensors, Weights
 from keyhole.errors import check_range
 from keyhole.federation.average import average
 
@@ -109,3 +111,43 @@ class FedAdam(FedAvg):
         v = map_tensors(lambda a, d: self.beta_2 * a + (1 - self.beta_2) * d.square(), memory["v"], moved)
         params = {name: w + self.lr * m[name] / (v[name].sqrt() + self.tau) for name, w in before.params.items()}
         return Weights(params, mean.buffers), {"m": m, "v": v}
+
+
+@dataclass(frozen=True, eq=False)
+class Noised(FedAvg):
+    """Any strategy on a mean of clients that all weigh the same, with Gaussian noise on every parameter of it.
+
+    The server's part of user-level differential privacy, `keyhole.defenses.user_dp.UserDP.server_noise`.
+
+    Args:
+        inner: what is done with the noisy mean.
+        std: standard deviation of the noise, at least 0.
+        key: of the noise; every round draws its own.
+
+    Source: McMahan et al., ICLR 2018, https://arxiv.org/abs/1710.06963, algorithm 1.
+    """
+
+    inner: FedAvg
+    std: float
+    key: Key
+
+    @property
+    def proximal(self) -> float:
+        """As inside."""
+        return self.inner.proximal
+
+    def begin(self, weights: Weights) -> Memory:
+        """What is kept inside, and the number of rounds."""
+        return {**self.inner.begin(weights), "noised": {"rounds": torch.zeros((), dtype=torch.int64)}}
+
+    def aggregate(self, before: Weights, trained: Weights, examples: Tensor, memory: Memory) -> tuple[Weights, Memory]:
+        """The same noise on every client's weights is that noise on their mean."""
+        done = memory["noised"]["rounds"]
+        own = fold_in(self.key, int(done))
+        noisy = {
+            name: sent + self.std * normal(fold_in(own, name), tuple(sent.shape[1:]), sent.dtype).to(sent.device)
+            for name, sent in trained.params.items()
+        }
+        sent = Weights(noisy, trained.buffers)
+        weights, kept = self.inner.aggregate(before, sent, torch.ones_like(examples), memory)
+        return weights, {**kept, "noised": {"rounds": done + 1}}
