@@ -263,3 +263,12 @@ def test_a_frontier_needs_attacks(tmp_path: Path, capsys: pytest.CaptureFixture[
     path.write_text(tomli_w.dumps(raw()))
     assert run("frontier", str(path), "--out", str(tmp_path / "out")) == 2
     assert "needs an [audit] section" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_presets_settings_teach_ten_clients_digits(tmp_path: Path) -> None:
+    """A small `train_digits`: one seed."""
+    (bare,) = train(load_training("frontier", ["defenses=[]"]), tmp_path)
+    assert len(bare.rounds) == 21
+    assert bare.accuracy >= 0.95
+    assert bare.rounds[0].accuracy < 0.3

@@ -90,9 +90,9 @@ def test_rows_are_the_audits_with_their_training(
         mean = sum(ends[row["trained_under"]]) / 2
         assert row["accuracy"]["value"] == pytest.approx(mean, rel=1e-5)
         assert row["accuracy"]["low"] <= mean <= row["accuracy"]["high"]
-        # One epoch, whose last batch is filled up: at most two gradients of an image in each of two rounds.
+        # Clients of 16 images and one batch: one gradient of each image in each of two rounds.
         private = row["defense"].startswith("dp_sgd")
-        expected = DPSGD(noise_multiplier=8.0).privacy(4).epsilon if private else None
+        expected = DPSGD(noise_multiplier=8.0).privacy(2).epsilon if private else None
         assert row["epsilon"] == (pytest.approx(expected, rel=1e-5) if private else None)
 
 
@@ -124,7 +124,7 @@ def test_the_bound_counts_all_rounds_before_the_update(run: tuple[Path, list[Tra
         if row["defense"].startswith("dp_sgd") and row["attacker"] == "naive"
     }
     prior = stats.norm.ppf(bounds[0]) - 1 / 8
-    assert bounds[2] == pytest.approx(stats.norm.cdf(prior + math.sqrt(5) / 8), abs=1e-5)
+    assert bounds[2] == pytest.approx(stats.norm.cdf(prior + math.sqrt(3) / 8), abs=1e-5)
     assert all(row["bound"] is None for row in report["rows"] if not row["defense"].startswith("dp_sgd"))
 
 
