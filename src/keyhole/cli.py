@@ -10,8 +10,9 @@ import inspect
 import json
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
@@ -25,11 +26,14 @@ from keyhole.core.registry import Card, Registry
 from keyhole.errors import ConfigError, KeyholeError, UnknownName
 from keyhole.experiment.audit import SETTING, audit
 from keyhole.experiment.dryrun import dry_run
+from keyhole.experiment.frontier import frontier
 from keyhole.experiment.layers import with_layers
 from keyhole.experiment.plan import Group
 from keyhole.experiment.prospect import in_words
 from keyhole.experiment.spec import load_study, presets
 from keyhole.experiment.template import write_template
+from keyhole.experiment.train import Trained, train
+from keyhole.experiment.training_plan import TrainingPlan, load_training
 
 app = typer.Typer(
     help="Measure how much private data can be recovered from what federated-learning clients share.",
@@ -51,6 +55,7 @@ KINDS: dict[str, Registry] = {
     "data": registry.DATASETS,
 }
 PAUSED = 3
+BACKENDS = ("lifted",)
 
 
 @app.command("init")
@@ -85,12 +90,7 @@ def audit_command(
         print(json.dumps(prospect.asdict(), indent=2) if as_json else in_words(prospect))
         return
     folder = out_dir or Path("audits") / study.title
-    try:
-        with _Bars() as bars:
-            done = audit(study, folder, jobs=jobs, device=device, seconds=seconds, progress=bars)
-    except KeyboardInterrupt:  # caught here, as typer would end without a word
-        err.print("Interrupted: what is done is stored; the same command goes on.")
-        raise typer.Exit(130) from None
+    done = _interruptible(lambda bars: audit(study, folder, jobs=jobs, device=device, seconds=seconds, progress=bars))
     if not done and not (folder / SETTING).exists():
         err.print(f"Paused while tuning; the same command goes on. Stored so far: {folder}", highlight=False)
         raise typer.Exit(PAUSED)
@@ -98,6 +98,47 @@ def audit_command(
     if not done:
         err.print("Paused: the same command goes on where this stopped.")
         raise typer.Exit(PAUSED)
+
+
+@app.command("train")
+def train_command(
+    source: Annotated[str, typer.Argument(metavar="PRESET_OR_TOML", help="A training preset's name or file.")],
+    out_dir: Annotated[Path | None, typer.Option("--out", help="Output folder; by default trainings/TITLE.")] = None,
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="Override a key: federation.rounds=5.")] = None,
+    backend: Annotated[str, typer.Option(help="What runs the clients: lifted (this process).")] = "lifted",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+) -> None:
+    """Train by federated learning under each defense: accuracy, cost, checkpoints. Run again to go on."""
+    if backend not in BACKENDS:
+        raise UnknownName("backend", backend, BACKENDS, "--backend")
+    plan = load_training(source, overrides or [])
+    folder = out_dir or Path("trainings") / plan.title
+    _print_training(plan, _interruptible(lambda bars: train(plan, folder, device=device, told=bars.training)), folder)
+
+
+@app.command("frontier")
+def frontier_command(
+    source: Annotated[str, typer.Argument(metavar="PRESET_OR_TOML", help="A training preset or file with [audit].")],
+    out_dir: Annotated[Path | None, typer.Option("--out", help="Output folder; by default frontiers/TITLE.")] = None,
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="Override a key: audit.run.samples=4.")] = None,
+    jobs: Annotated[int, typer.Option(min=0, help="Worker processes on a CPU; 0: one a core.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+) -> None:
+    """Train under each defense, then attack updates of chosen rounds: accuracy beside leakage in one report."""
+    from keyhole.report.frontier import write_frontier
+    from keyhole.report.names import defense_name
+    from keyhole.report.training import remarks
+
+    plan = load_training(source, overrides or [])
+    folder = out_dir or Path("frontiers") / plan.title
+    done = _interruptible(
+        lambda bars: frontier(plan, folder, name=defense_name, jobs=jobs, device=device, progress=bars)
+    )
+    table, report, html = write_frontier(plan, done, folder)
+    _print_table([(*line[:3], *line[5:7]) for line in table])
+    for said in (*remarks(done), report.verdict):
+        out.print(f"\n{said}", highlight=False, markup=False)
+    out.print(f"\nReport: {html.resolve()}", highlight=False, soft_wrap=True)
 
 
 @app.command("report")
@@ -130,7 +171,7 @@ def list_command(
 @app.command("show")
 def show_command(name: Annotated[str, typer.Argument(help="The name of a method, model, data set or preset.")]) -> None:
     """Show a method's card, its knobs, and what is known to break it."""
-    known = presets()
+    known = {**presets(), **presets("training")}
     if name in known:
         out.print(known[name], markup=False, highlight=False)
         return
@@ -188,7 +229,37 @@ def _card(card: Card) -> dict[str, Any]:
 
 
 def _presets() -> list[dict[str, Any]]:
-    return [{"name": n, "summary": text.split("\n")[0].lstrip("# ")} for n, text in sorted(presets().items())]
+    known = {**presets(), **presets("training")}
+    return [{"name": n, "summary": text.split("\n")[0].lstrip("# ")} for n, text in sorted(known.items())]
+
+
+_T = TypeVar("_T")
+
+
+def _interruptible(work: Callable[[_Bars], _T]) -> _T:
+    """Work with progress bars; Ctrl-C leaves with a word."""
+    try:
+        with _Bars() as bars:
+            return work(bars)
+    except KeyboardInterrupt:  # caught here, as typer would end without a word
+        err.print("Interrupted: what is done is stored; the same command goes on.")
+        raise typer.Exit(130) from None
+
+
+def _print_training(plan: TrainingPlan, done: list[Trained], folder: Path) -> None:
+    from keyhole.report.training import remarks, write_training
+
+    _print_table(write_training(plan, done, folder))
+    for said in remarks(done):
+        out.print(said, highlight=False, markup=False)
+    out.print(f"\nNumbers: {(folder / 'train.json').resolve()}", highlight=False, soft_wrap=True)
+
+
+def _print_table(lines: list[tuple[str, ...]]) -> None:
+    table = Table(*lines[0], box=None, padding=(0, 1))
+    for row in lines[1:]:
+        table.add_row(*(escape(value) for value in row))
+    out.print(table)
 
 
 def _report(folder: Path) -> None:
@@ -196,11 +267,7 @@ def _report(folder: Path) -> None:
     from keyhole.report.write import write_report
 
     report, html = write_report(folder)
-    head, *rows = render_verdict(report)
-    table = Table(*head, box=None, padding=(0, 1))
-    for row in rows:
-        table.add_row(*(escape(value) for value in row))
-    out.print(table)
+    _print_table(render_verdict(report))
     out.print()
     out.print(report.verdict, highlight=False, markup=False)
     out.print(f"\nReport: {html.resolve()}", highlight=False, soft_wrap=True)

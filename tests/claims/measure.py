@@ -106,6 +106,17 @@ def number(cell: Any) -> tuple[float, list[float] | None]:
     return (cell["median"] if "median" in cell else cell["value"]), [cell["low"], cell["high"]]
 
 
+def points_of(verb: str, source: str, folder: Path | None) -> list[dict[str, Any]]:
+    """What ``keyhole train`` or ``keyhole frontier`` says of each defense, run here or taken from ``folder``."""
+    name = str(HERE / source) if source.endswith(".toml") else source
+    if folder is None:
+        folder = ROOT / "audits" / "claims" / source.removesuffix(".toml")
+        command = [sys.executable, "-c", "from keyhole.cli import main; main()", verb, name, "--out", str(folder)]
+        subprocess.run(command, check=True)
+    file, key = ("train.json", "summary") if verb == "train" else ("report.json", "points")
+    return list(json.loads((folder / file).read_text())[key])
+
+
 def paired_with_best_control(how: dict[str, Any], folder: Path) -> tuple[float, list[float]]:
     """Median over images of an attack's metric less the best control's for that image, with a bootstrap interval."""
     attack: dict[tuple[int, int], float] = {}
@@ -180,6 +191,7 @@ def main() -> None:
         folders = dict(pair.split("=", 1) for pair in chosen.folders)
         reports: dict[str, tuple[Report, Path]] = {}
         figures: dict[tuple[str, ...], dict[str, Any]] = {}
+        points: dict[tuple[str, str], list[dict[str, Any]]] = {}
         for name, card in everything.items():
             if chosen.only and name not in chosen.only:
                 continue
@@ -188,6 +200,11 @@ def main() -> None:
                 run = (how.get("script", "lifted.py"), *how.get("arguments", ()))
                 figures[run] = figures.get(run) or run_benchmark(run[0], run[1:])
                 card["measured"], card["interval"] = number(dig(figures[run], how["value"]))
+            elif how["kind"] in ("train", "frontier"):
+                own = (how["kind"], how["file"])
+                if own not in points:
+                    points[own] = points_of(*own, Path(folders[how["file"]]) if how["file"] in folders else None)
+                card["measured"], card["interval"] = number(pick(points[own], how)[how["value"]])
             else:
                 audit = how["audit"]
                 if audit not in reports:

@@ -218,7 +218,7 @@ def _client(trials: tuple[Trial, ...], setup: Setup, threat: ThreatModel, see: C
 
 def _bound(defense: Defense, trial: Trial, rule: ClientRule, setup: Setup) -> dict[str, float]:
     """What no attacker can exceed, as a fact, where the defense sets a bound that holds under this threat model."""
-    rounds = trial.rounds * rule.steps(trial.batch_size)
+    rounds = setup.seen + trial.rounds * rule.steps(trial.batch_size)
     attacks = trial.attacker.partition(":")[0] in ("naive", "adaptive")
     # Networks that were trained here were trained on the secrets, so that more than the update tells of them.
     if not attacks or setup.facts.get(trial.seed) or defense.success_bound(0.5, rounds) is None:

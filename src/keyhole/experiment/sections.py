@@ -61,13 +61,16 @@ class StateSection(_Section):
     """``[state]``: fresh weights, weights after some rounds of a federation trained here, or a safetensors file."""
 
     train: str = "none"
-    """``none``, ``early``, ``late``, or the path of a safetensors file."""
+    """``none``, ``early``, ``late``, or the path of a safetensors file, in which ``{seed}`` stands for the seed."""
     clients: int | None = Field(default=None, ge=1)
     rounds: int | None = Field(default=None, ge=1)
     epochs: int | None = Field(default=None, ge=1)
     lr: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     batch_size: int | None = Field(default=None, ge=1)
     alpha: float | None = Field(default=None, ge=1e-3, le=1e6)
+    seen: int | None = Field(default=None, ge=0)
+    """Gradients of each target that already went into a file's weights, under the same defense: they add to those of
+    the update in the bound on any attack."""
 
     @property
     def trained(self) -> bool:

@@ -55,6 +55,8 @@ class Setup:
     """Digest of what the model does to pixels and of its modes, for trials."""
     dtype: torch.dtype
     device: torch.device
+    seen: int = 0
+    """Gradients of each target that went into the weights, where they come from a file."""
     last_client: dict[str, Any] = field(default_factory=dict, repr=False)
     """What the group before this one observed, for attackers who look at the same updates."""
 
@@ -169,7 +171,9 @@ def prepare(experiment: Experiment, device: torch.device, told: Told = silent) -
         seed: tuple(Weights(*({n: t.to(device) for n, t in part.items()} for part in one)) for one in own)
         for seed, own in weights.items()
     }
-    return Setup(data, task.to(device), there, source, states, facts, normalisation, dtype, device)
+    return Setup(
+        data, task.to(device), there, source, states, facts, normalisation, dtype, device, experiment.state.seen or 0
+    )
 
 
 def _networks(experiment: Experiment, seed: int) -> list[int]:
@@ -187,7 +191,7 @@ def _model(experiment: Experiment, data: Data, seed: int) -> nn.Module:
         seed=seed,
     )
     if experiment.state.train != "none" and not experiment.state.trained:
-        load_state(model, Path(experiment.state.train))
+        load_state(model, Path(experiment.state.train.replace("{seed}", str(seed))))
     return model
 
 

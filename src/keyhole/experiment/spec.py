@@ -29,6 +29,7 @@ from keyhole.errors import ConfigError, UnknownName, cause
 from keyhole.experiment.options import knobs, method, resolve, sentence
 from keyhole.experiment.overrides import override
 from keyhole.experiment.sections import (
+    TRAINED,
     AttackEntry,
     AttackerSection,
     ClientSection,
@@ -53,9 +54,9 @@ _SECTIONS: dict[str, type[BaseModel]] = {
 _TOP = (*_SECTIONS, "title", "attacks", "defenses", "settings")
 
 
-def presets() -> dict[str, str]:
-    """Names of the shipped audit files and their text."""
-    folder = resources.files("keyhole.experiment") / "presets"
+def presets(kind: str = "") -> dict[str, str]:
+    """Names of the shipped audit files and their text; of kind ``training``, those of `keyhole train`."""
+    folder = resources.files("keyhole.experiment") / "presets" / kind
     return {f.name.removesuffix(".toml"): f.read_text() for f in folder.iterdir() if f.name.endswith(".toml")}
 
 
@@ -64,6 +65,17 @@ def load_study(source: str, overrides: Sequence[str] = ()) -> Study:
 
     Raises:
         ConfigError: in one sentence, what is wrong, where, and what is accepted.
+    """
+    if source in presets("training"):
+        raise ConfigError(f"'{source}' is a preset of keyhole train and keyhole frontier, not of this command.")
+    return parse_study(*read_source(source, presets(), overrides))
+
+
+def read_source(source: str, known: dict[str, str], overrides: Sequence[str]) -> tuple[dict[str, Any], str]:
+    """The tables of a preset, one of ``known``, or of a TOML file, changed by ``overrides``; and its name.
+
+    Raises:
+        ConfigError: there is no such file or preset, or it is not TOML.
     """
     path = Path(source)
     if source.endswith(".toml") or os.path.isfile(path):
@@ -74,7 +86,6 @@ def load_study(source: str, overrides: Sequence[str] = ()) -> Study:
         except OSError as error:
             raise ConfigError(f"the audit file '{source}' cannot be read ({cause(error)}).") from error
     else:
-        known = presets()
         if source not in known:
             raise UnknownName("preset", source, known, "the command (a path must end in .toml)")
         text, title = known[source], source
@@ -84,7 +95,7 @@ def load_study(source: str, overrides: Sequence[str] = ()) -> Study:
         raise ConfigError(f"'{source}' is not valid TOML: {error}.") from error
     for change in overrides:
         override(raw, change)
-    return parse_study(raw, title)
+    return raw, title
 
 
 def load_experiment(source: str, overrides: Sequence[str] = ()) -> Experiment:
@@ -97,7 +108,7 @@ def load_experiment(source: str, overrides: Sequence[str] = ()) -> Experiment:
 
 def parse_study(raw: dict[str, Any], title: str = "audit") -> Study:
     """Resolve what TOML gave; each of ``[[settings]]`` is the rest of the file with some keys changed."""
-    entries = _entries(raw, "settings")
+    entries = read_tables(raw, "settings")
     base = {key: value for key, value in raw.items() if key != "settings"}
     if not entries:
         return Study.of(parse_experiment(base, title))
@@ -140,30 +151,26 @@ def parse_experiment(raw: dict[str, Any], title: str = "audit") -> Experiment:
     for required in ("data", "model"):
         if required not in raw:
             raise ConfigError(f"the audit file has no [{required}] section.")
-    sections = {name: _section(name, kind, raw.get(name, {})) for name, kind in _SECTIONS.items()}
-    _check_model(sections["model"])
+    sections = {name: read_section(name, kind, raw.get(name, {})) for name, kind in _SECTIONS.items()}
+    check_model(sections["model"])
     attacker = sections["attacker"]
     if attacker.labels is not None:
         LABELS.card(attacker.labels, "[attacker] labels")
-    entries = _entries(raw, "attacks")
+    entries = read_tables(raw, "attacks")
     if not entries:
         raise ConfigError('the audit file names no attack; add [[attacks]] with name = "idlg".')
     attacks = tuple(_attack(e, f"[[attacks]] number {i}", attacker.labels) for i, e in enumerate(entries, 1))
-    chains: list[tuple[Spec, ...]] = [()]  # the undefended case is always run
-    for i, entry in enumerate(_entries(raw, "defenses"), 1):
-        for chain in _chains(entry, f"[[defenses]] number {i}"):
-            if chain not in chains:
-                chains.append(chain)
+    chains = read_defenses(raw)
     run, client, data = sections["run"], sections["client"], sections["data"]
     _check_sizes(run, client, data)
     _check_client(client, attacker, sections["model"], sections["state"])
-    _check_title(raw.get("title", title))
+    check_title(raw.get("title", title))
     if any(entry.tune for entry in attacks) and data.tune < client.size:
         raise ConfigError(
             f"an attack has options to tune, but data.tune is {data.tune}, less than the {client.size} images of an "
             "update; raise data.tune."
         )
-    return Experiment(title=raw.get("title", title), attacks=attacks, defenses=tuple(chains), **sections)
+    return Experiment(title=raw.get("title", title), attacks=attacks, defenses=chains, **sections)
 
 
 def _check_client(client: ClientSection, attacker: AttackerSection, model: ModelSection, state: StateSection) -> None:
@@ -201,13 +208,15 @@ def _check_client(client: ClientSection, attacker: AttackerSection, model: Model
         raise ConfigError('client.fresh_weights needs client.series above 1 and state.train = "none".')
     if client.labels == "distinct" and client.size == 1:
         raise ConfigError('client.labels = "distinct" is about updates of several images.')
+    if state.seen is not None and state.train in ("none", *TRAINED):
+        raise ConfigError("state.seen is about a file of weights; set state.train to its path, or remove it.")
     if not state.trained:
         for key in ("clients", "rounds", "epochs", "lr", "batch_size", "alpha"):
             if getattr(state, key) is not None:
                 raise ConfigError(f'state.{key} is about training; set state.train = "early" or "late", or remove it.')
 
 
-def _check_title(title: Any) -> None:
+def check_title(title: Any) -> None:
     """The title names the default output folder, so it must not lead out of it."""
     if not isinstance(title, str) or not re.fullmatch(r"\w[\w .-]*", title):
         raise ConfigError(f"title is {title!r}; use letters, digits, spaces, dots, dashes and underscores.")
@@ -233,7 +242,8 @@ def _check_sizes(run: RunSection, client: ClientSection, data: DataSection) -> N
         )
 
 
-def _section(name: str, kind: type[BaseModel], raw: Any) -> Any:
+def read_section(name: str, kind: type[BaseModel], raw: Any) -> Any:
+    """A section as its class, every key known and of its type."""
     if not isinstance(raw, dict):
         raise ConfigError(f"[{name}] must be a table of keys, not {raw!r}.")
     if kind.model_config.get("extra") == "forbid":
@@ -246,14 +256,16 @@ def _section(name: str, kind: type[BaseModel], raw: Any) -> Any:
         raise ConfigError(sentence(error, name)) from error
 
 
-def _entries(raw: dict[str, Any], name: str) -> list[dict[str, Any]]:
+def read_tables(raw: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    """The tables of ``[[name]]``, or none."""
     entries = raw.get(name, [])
     if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
         raise ConfigError(f"{name} must be written as [[{name}]] tables.")
     return entries
 
 
-def _check_model(model: ModelSection) -> None:
+def check_model(model: ModelSection) -> None:
+    """A name or a factory, and no option that the named model has not."""
     if (model.name is None) == (model.factory is None):
         raise ConfigError('[model] needs either a name or a factory ("package.module:function"), and not both.')
     if model.name is not None:
@@ -294,6 +306,16 @@ def _with_labels(raw: dict[str, Any], labels: str, where: str) -> dict[str, Any]
     except ConfigError:
         return raw
     return {**raw, "labels": labels}
+
+
+def read_defenses(raw: dict[str, Any]) -> tuple[tuple[Spec, ...], ...]:
+    """The chains of ``[[defenses]]``, each once; the undefended case is always the first."""
+    chains: list[tuple[Spec, ...]] = [()]
+    for i, entry in enumerate(read_tables(raw, "defenses"), 1):
+        for chain in _chains(entry, f"[[defenses]] number {i}"):
+            if chain not in chains:
+                chains.append(chain)
+    return tuple(chains)
 
 
 def _chains(raw: dict[str, Any], where: str) -> list[tuple[Spec, ...]]:

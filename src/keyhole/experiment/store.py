@@ -74,7 +74,12 @@ class Store:
 
     def claim(self, study: Study) -> None:
         """Make the folder this study's, or check that it is. Raises `StoreError` for another one's."""
-        wanted = study.to_toml()
+        self.claim_config(study.to_toml())
+        for folder in (self.reconstructions, self.checkpoints):
+            folder.mkdir(mode=0o700, exist_ok=True)
+
+    def claim_config(self, wanted: str) -> None:
+        """The same for any resolved file, given as text."""
         if self.config.exists():
             if not self.config.is_file() or self.config.read_text() != wanted:
                 raise StoreError(
@@ -85,8 +90,6 @@ class Store:
             raise StoreError(f"'{self.folder}' holds outcomes but no config.toml; choose another --out.")
         else:
             self._write(self.config, wanted.encode())
-        for folder in (self.reconstructions, self.checkpoints):
-            folder.mkdir(mode=0o700, exist_ok=True)
 
     def tidy(self) -> None:
         """Remove what an unfinished run leaves: checkpoints and partial files may show what was recovered."""

@@ -86,7 +86,7 @@ def trained_state(
             if known is not None:
                 return weights, Facts(federation.rounds, tuple(losses), known)
         steps = rounds(task, weights, inputs, labels, federation, key, done=len(losses), together=together)
-        for number, weights, loss in steps:
+        for number, weights, loss, *_ in steps:
             losses.append(loss)
             right = accuracy(task, weights, inputs, labels) if number == federation.rounds else None
             _save(path, weights, losses, right)

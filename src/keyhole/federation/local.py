@@ -36,6 +36,8 @@ class LocalTraining:
         momentum: heavy-ball momentum, 0 to below 1.
         weight_decay: factor of the weights that joins the gradient, at least 0.
         clip: largest Euclidean norm of a step's gradient, above 0; `None` does not clip.
+        proximal: factor of ``w - w0`` that joins the gradient, ``w0`` the weights that the server sent, at least 0
+            (`keyhole.federation.strategies.FedProx`).
     """
 
     epochs: int = 1
@@ -44,6 +46,7 @@ class LocalTraining:
     momentum: float = 0.9
     weight_decay: float = 0.0
     clip: float | None = 1.0
+    proximal: float = 0.0
 
     def __post_init__(self) -> None:
         check_range("epochs", self.epochs, 1)
@@ -52,6 +55,7 @@ class LocalTraining:
         check_range("momentum", self.momentum, 0, 1, open_high=True)
         check_range("weight_decay", self.weight_decay, 0)
         check_range("clip", 1.0 if self.clip is None else self.clip, 0, open_low=True)
+        check_range("proximal", self.proximal, 0)
 
 
 class Round(NamedTuple):
@@ -268,15 +272,17 @@ def _train_group(
         losses[:active] += loss
         for name, buffer in buffers.items():
             now.buffers[name].copy_(buffer)
-        _descend(now.params, _first(active, velocity), _clipped(gradient, local.clip, active), local)
+        _descend(now.params, weights.params, _first(active, velocity), _clipped(gradient, local.clip, active), local)
     return _Group(here, losses / torch.tensor([len(plan.rows) for plan in plans], device=device), states)
 
 
-def _descend(params: Tensors, velocity: Tensors, gradient: Tensors, local: LocalTraining) -> None:
-    """One step in place: ``v <- momentum v + g + weight_decay w`` and ``w <- w - lr v``."""
+def _descend(params: Tensors, start: Tensors, velocity: Tensors, gradient: Tensors, local: LocalTraining) -> None:
+    """One step in place: ``v <- momentum v + g + weight_decay w + proximal (w - w0)`` and ``w <- w - lr v``."""
     for name, slope in gradient.items():
         if local.weight_decay:
             slope = slope + local.weight_decay * params[name]
+        if local.proximal:
+            slope = slope + local.proximal * (params[name] - start[name])
         velocity[name].mul_(local.momentum).add_(slope)
         params[name].sub_(velocity[name], alpha=local.lr)
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -15,10 +16,10 @@ from keyhole.core.keys import fold_in
 from keyhole.core.task import Task
 from keyhole.core.types import Batch, Key, Weights
 from keyhole.errors import ModelError, check_range
-from keyhole.federation.average import average
-from keyhole.federation.local import LocalTraining, State, train_round
+from keyhole.federation.local import LocalTraining, Round, State, train_round
 from keyhole.federation.norms import evaluating
 from keyhole.federation.partition import dirichlet, iid
+from keyhole.federation.strategies import FedAvg, Memory
 
 Progress = Callable[[int, int, float], None]
 """Called after each round with the rounds done, the rounds to do and the round's mean training loss."""
@@ -92,6 +93,12 @@ class AfterRound(NamedTuple):
     weights: Weights
     loss: float
     """Mean training loss of the round over all images, each client's before its steps."""
+    clients: Round | None = None
+    """What the round's clients sent."""
+    memory: Memory | None = None
+    """What the server keeps for the next round."""
+    seconds: float = math.nan
+    """Wall time of a client's round, its defense included: that of all clients by their number."""
 
 
 def federate(
@@ -150,13 +157,16 @@ def rounds(
     together: int | None = None,
     defense: Defense | None = None,
     public: Batch | None = None,
+    strategy: FedAvg | None = None,
+    memory: Memory | None = None,
+    states: Sequence[State] | None = None,
 ) -> Iterator[AfterRound]:
     """The same, round by round.
 
     Args:
         task: see `federate`, as for the rest.
-        weights: to begin with, or where ``done`` rounds had led: undefended training then goes on as if it had never
-            stopped. What a defense had kept of its clients is lost.
+        weights: to begin with, or where ``done`` rounds had led: with ``memory`` and ``states`` as they were,
+            training then goes on as if it had never stopped.
         inputs: images.
         labels: class indices.
         federation: how to train.
@@ -165,22 +175,29 @@ def rounds(
         together: clients in one lifted step.
         defense: what clients do to protect their images.
         public: public images with labels, for the defense.
+        strategy: what the server does; by default it averages.
+        memory: what the server kept after the rounds that are done.
+        states: what the defense kept of each client after them.
     """
+    strategy = strategy or FedAvg()
+    memory = strategy.begin(weights) if memory is None else memory
+    local = replace(federation.local(), proximal=strategy.proximal)
     parts = federation.deal(labels.cpu(), fold_in(key, "clients"))
     targets = torch.nn.functional.one_hot(labels, task.num_classes).to(inputs.device, inputs.dtype)
-    states: Sequence[State] | None = None
     for number in range(done, federation.rounds):
+        began = time.perf_counter()
         trained = train_round(
-            task, weights, inputs, targets, parts, federation.local(), fold_in(fold_in(key, "round"), number),
+            task, weights, inputs, targets, parts, local, fold_in(fold_in(key, "round"), number),
             number=number, together=together, defense=defense, states=states, public=public,
         )  # fmt: skip
+        seconds = (time.perf_counter() - began) / len(parts)
         states = trained.states
-        weights = average(trained.weights, trained.examples)
+        weights, memory = strategy.aggregate(weights, trained.weights, trained.examples, memory)
         share = trained.examples.double() / trained.examples.sum()
         loss = float((trained.loss.double().cpu() * share).sum())
         if not all(bool(torch.isfinite(t).all()) for t in (torch.tensor(loss), *weights.params.values())):
             raise ModelError(f"training diverged in round {number + 1} with lr = {federation.lr:g}; lower it.")
-        yield AfterRound(number + 1, weights, loss)
+        yield AfterRound(number + 1, weights, loss, trained, memory, seconds)
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from keyhole.report.groups import LEAK_SSIM, Group
+from keyhole.report.intervals import Estimate
 from keyhole.report.records import is_attack
 
 LARGEST = 160
@@ -164,3 +165,72 @@ def _histories(group: Group) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         last = np.searchsorted(line[:, 0], grid, side="right") - 1
         held[last >= 0] = line[last[last >= 0], 1]
     return grid, values
+
+
+def _wide() -> tuple[Figure, Axes]:
+    """Axes with room for a legend of many defenses beside them."""
+    figure = Figure(figsize=(7.6, 3.8), layout="constrained")
+    axes = figure.add_subplot()
+    axes.grid(color="#e4e8ec", linewidth=0.6)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def _saved(figure: Figure) -> str:
+    figure.legend(loc="outside right upper")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return _uri("image/svg+xml", buffer)
+
+
+def _look(number: int) -> dict[str, Any]:
+    """A colour and a marker for the ``number``-th defense: colours alone do not tell more than ten apart."""
+    return {"color": f"C{number % 10}", "marker": "osD^vPX*<>"[(number + number // 10) % 10]}
+
+
+def trade_off(points: Sequence[tuple[str, Estimate, Estimate]]) -> str:
+    """Accuracy against the worst attacker's leak rate, one point with its intervals and its number for each defense.
+
+    Args:
+        points: name, accuracy and leak rate of each defense; those without a leak rate are left out.
+
+    Returns:
+        A data URI with an SVG.
+    """
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _wide()
+        for number, (name, accuracy, leak) in enumerate(points):
+            if not np.isfinite(leak.value):
+                continue
+            x, y = 100 * leak.value, 100 * accuracy.value
+            bars = [_arms(leak), _arms(accuracy)]
+            axes.errorbar(
+                x, y, xerr=bars[0], yerr=bars[1], linestyle="", markersize=6, elinewidth=0.7,
+                label=f"{number + 1}: {name}", **_look(number),
+            )  # fmt: skip
+            axes.annotate(str(number + 1), (x, y), (5, 4), textcoords="offset points", color="#333a42")
+        axes.set(xlim=(-3, 103), xlabel="images leaked to the worst attacker, %", ylabel="test accuracy, %")
+        return _saved(figure)
+
+
+def _arms(value: Estimate) -> list[list[float]] | None:
+    """How far an interval reaches below and above its value, in percent."""
+    if not (np.isfinite(value.low) and np.isfinite(value.high)):
+        return None
+    return [[100 * max(0.0, value.value - value.low)], [100 * max(0.0, value.high - value.value)]]
+
+
+def leaks_by_round(lines: Sequence[tuple[str, Sequence[tuple[int, Estimate]]]]) -> str:
+    """The worst attacker's leak rate at each audited round, a line for each defense.
+
+    Returns:
+        A data URI with an SVG.
+    """
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _wide()
+        for number, (name, each) in enumerate(lines):
+            if each:
+                rounds, rates = zip(*((n, 100 * rate.value) for n, rate in each), strict=True)
+                axes.plot(rounds, rates, label=f"{number + 1}: {name}", linewidth=1.4, markersize=5, **_look(number))
+        axes.set(ylim=(-3, 103), xlabel="rounds of training before the update", ylabel="images leaked, %")
+        return _saved(figure)

@@ -50,7 +50,11 @@ def render_verdict(report: Report) -> list[Line]:
 
 
 def render_html(
-    report: Report, settings: Sequence[Setting] | Setting, outcomes: Sequence[Outcome], images: Images | None
+    report: Report,
+    settings: Sequence[Setting] | Setting,
+    outcomes: Sequence[Outcome],
+    images: Images | None,
+    frontier: dict[str, Any] | None = None,
 ) -> str:
     """The whole report as one page.
 
@@ -59,6 +63,7 @@ def render_html(
         settings: the same settings.
         outcomes: the same outcomes, for curves, histories and pictures.
         images: pictures that the run stored; `None` where it stored none.
+        frontier: what `keyhole.report.frontier` shows of accuracy; `None` for an audit alone.
 
     Returns:
         HTML that refers to no other file.
@@ -89,6 +94,7 @@ def render_html(
     env.filters |= {"breakable": _breakable, "stacked": _stacked, "headline": _headline}
     return env.get_template("report.html.j2").render(
         report=report,
+        frontier=frontier,
         title=settings[0].title,
         views=views,
         alone=labels_alone(report.rows),

@@ -75,18 +75,19 @@ class Report:
                 if row[name] is None:
                     del row[name]
         first = ("schema", "kind", "verdict", "rows", "versions")
-        return {name: _plain(raw[name]) for name in (*first, *(k for k in raw if k not in first))}
+        return {name: plain(raw[name]) for name in (*first, *(k for k in raw if k not in first))}
 
     def to_json(self) -> str:
         """The text of ``report.json``: strictly valid JSON, six significant digits."""
         return json.dumps(self.asdict(), indent=2, allow_nan=False) + "\n"
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Values as JSON knows them: six digits, and `None` for a missing number."""
     if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     if isinstance(value, float):
         # Six digits are more than any interval supports, and keep the file equal across BLAS builds.
         return float(f"{value:.6g}") if math.isfinite(value) else None

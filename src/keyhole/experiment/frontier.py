@@ -1,0 +1,87 @@
+"""Accuracy against leakage: train under each defense, then attack updates at the states of chosen rounds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from keyhole.core.trial import Spec
+from keyhole.errors import ConfigError
+from keyhole.experiment.audit import Progress, Silent, audit
+from keyhole.experiment.sections import StateSection, Study
+from keyhole.experiment.train import Trained, folder_of, train
+from keyhole.experiment.training_plan import TrainingPlan
+
+UNTRAINED = "untrained"
+"""The setting of round 0, whose network is the same whatever it will be trained under."""
+
+Namer = Callable[[tuple[Spec, ...]], str]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the networks of one setting of a frontier's audit come from."""
+
+    setting: str
+    round: int
+    defense: int | None
+    """Index of the defense that they were trained under; `None` where they are untrained."""
+
+
+def places(plan: TrainingPlan, name: Namer) -> list[Place]:
+    """The settings, defense by defense and round by round."""
+    untrained = [Place(UNTRAINED, 0, None)] if 0 in plan.rounds else []
+    return untrained + [
+        Place(f"{name(specs)}, round {number}", number, index)
+        for index, specs in enumerate(plan.defenses)
+        for number in plan.rounds
+        if number > 0
+    ]
+
+
+def study_of(plan: TrainingPlan, done: Sequence[Trained], folder: Path, name: Namer) -> Study:
+    """One setting for each defense and round: updates of the networks trained so far, bare and under that defense.
+
+    Bare ones belong to every setting: they tell what the network gives away from what the defense hides.
+    """
+    if plan.audit is None:
+        raise ConfigError("a frontier needs an [audit] section with one [[audit.attacks]].")
+    seen = {run.defense: max(r.seen for r in done if r.defense == run.defense) for run in done}
+    experiments = []
+    for place in places(plan, name):
+        changes: dict[str, object] = {"setting": place.setting}
+        if place.defense is not None:
+            specs = plan.defenses[place.defense]
+            file = folder_of(plan, folder, place.defense, "{seed}") / f"round-{place.round:03d}.safetensors"
+            changes["state"] = StateSection(train=str(file), seen=seen[specs] * place.round)
+            changes["defenses"] = ((), specs) if specs else ((),)
+        experiments.append(plan.audit.model_copy(update=changes))
+    return Study(title=plan.title, experiments=tuple(experiments))
+
+
+def frontier(
+    plan: TrainingPlan,
+    folder: Path,
+    *,
+    name: Namer,
+    jobs: int = 0,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> list[Trained]:
+    """Train, then audit in ``folder/audit``, whatever of it is missing.
+
+    Args:
+        plan: what to train, and how to attack.
+        folder: the output folder.
+        name: names of defenses, for the settings of the audit.
+        jobs: worker processes of the audit; 0 for one a core.
+        device: ``cpu`` or ``cuda``.
+        progress: told how far things are.
+    """
+    progress = progress or Silent()
+    if plan.audit is None:
+        raise ConfigError("a frontier needs an [audit] section with one [[audit.attacks]].")
+    done = train(plan, folder, device=device, told=progress.training)
+    audit(study_of(plan, done, folder, name), folder / "audit", jobs=jobs, device=device, progress=progress)
+    return done

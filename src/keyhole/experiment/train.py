@@ -1,0 +1,379 @@
+"""Federated training under defenses: every defense and seed of a plan, round by round, in files that survive a kill.
+
+In the output folder, for each defense and seed: ``round-NNN.safetensors``, the global network after each round, and
+``progress.safetensors``, all that the next round needs, with the account of the rounds so far. All files are readable
+by their owner alone, as weights tell of the images.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import one_hot
+
+from keyhole.core.defense import Defense
+from keyhole.core.keys import fold_in, new_key
+from keyhole.core.registry import MODELS
+from keyhole.core.task import Bounds, Task, weights_of
+from keyhole.core.tensors import map_tensors, squared_norm
+from keyhole.core.trial import Spec
+from keyhole.core.types import Batch, Tensors, Weights
+from keyhole.defenses.dp_sgd import DPSGD
+from keyhole.defenses.user_dp import UserDP
+from keyhole.errors import ConfigError, DataError, ModelError, StoreError, cause
+from keyhole.experiment.plan import build_defense
+from keyhole.experiment.setup import TRAIN_IMAGES, find_device
+from keyhole.experiment.store import Store
+from keyhole.experiment.training import Told, silent
+from keyhole.experiment.training_plan import TrainingPlan
+from keyhole.federation.local import State
+from keyhole.federation.states import AfterRound, accuracy, rounds
+from keyhole.federation.strategies import FedAvg, Memory, Noised
+from keyhole.solve.threads import one_thread
+from keyhole.zoo.datasets import Data, load_data
+from keyhole.zoo.models import build_model
+
+SAME = 1e-5
+"""Up to this distance, relative to how far a client moved, two float32 updates are equal but for rounding."""
+
+_ACCOUNT = "account"
+_PROGRESS = "progress.safetensors"
+
+
+@dataclass(frozen=True)
+class AfterTraining:
+    """What one round came to."""
+
+    round: int
+    """0 is before the first."""
+    accuracy: float
+    """Share of the test images that the global network gets right."""
+    loss: float = math.nan
+    """Mean training loss of the clients."""
+    bytes_up: int = 0
+    """What all clients sent, every parameter and buffer in full."""
+    nonzero: float = math.nan
+    """Share of the entries of the clients' updates that are not zero."""
+    client_seconds: float = math.nan
+    """Wall time of one client's round."""
+
+
+@dataclass
+class Trained:
+    """One training: a defense on every client, one seed."""
+
+    defense: tuple[Spec, ...]
+    seed: int
+    folder: Path
+    rounds: list[AfterTraining] = field(default_factory=list)
+    changed: float = math.nan
+    """Share of clients whose first update the defense changed beyond rounding; NaN without a defense."""
+    seen: int = 0
+    """Most gradients in a round into which one image goes."""
+
+    @property
+    def accuracy(self) -> float:
+        """After the last round."""
+        return self.rounds[-1].accuracy
+
+    def checkpoint(self, number: int) -> Path:
+        """The file of the global network after a round."""
+        return self.folder / f"round-{number:03d}.safetensors"
+
+
+def folder_of(plan: TrainingPlan, folder: Path, index: int, seed: int | str) -> Path:
+    """Where the training of the ``index``-th defense lies."""
+    names = "+".join(spec.name for spec in plan.defenses[index]) or "none"
+    return folder / f"{index:02d}-{names}" / f"seed-{seed}"
+
+
+def train(plan: TrainingPlan, folder: Path, *, device: str = "cpu", told: Told = silent) -> list[Trained]:
+    """Train what is missing in ``folder``; equal plans give equal networks, interrupted or not.
+
+    Args:
+        plan: what to train.
+        folder: the output folder; made if needed.
+        device: ``cpu`` or ``cuda``.
+        told: told which training is how far.
+
+    Raises:
+        ModelError: training diverged, or a defended client returned exactly the weights it got.
+    """
+    where = find_device(device)
+    # Before the folder is claimed: bad input must leave nothing behind.
+    problem = _Problem(plan, where)
+    done = []
+    with Store(folder) as store, one_thread(where):
+        store.claim_config(plan.to_toml())
+        for index, specs in enumerate(plan.defenses):
+            for seed in plan.run.seeds:
+                done.append(problem.train(Trained(specs, seed, folder_of(plan, folder, index, seed)), told))
+    return done
+
+
+class _Problem:
+    """What all trainings of a plan share: images, and how networks are made."""
+
+    def __init__(self, plan: TrainingPlan, device: torch.device) -> None:
+        section = plan.data
+        options = section.audited.model_dump(exclude={"name", "mean", "std", "train"})
+        wanted = TRAIN_IMAGES if section.train is None else section.train
+        data: Data = load_data(
+            section.name,
+            **options,
+            # Held-out images come first, so that more training images leave them as they are.
+            train=section.test + wanted,
+            mean=None if section.mean is None else tuple(section.mean),
+            std=None if section.std is None else tuple(section.std),
+        )
+        if len(data.train) <= section.test:
+            raise DataError(
+                f"data set '{section.name}' has {len(data.train)} images left beside the other pools, and data.test "
+                f"takes {section.test}; lower data.test, data.candidates or data.target."
+            )
+        self.plan, self.data, self.device = plan, data, device
+        self.federation = plan.federation.federation()
+        name, normalize = plan.model.name, plan.model.normalize
+        if normalize is None:
+            normalize = bool(MODELS.card(name).facts.get("normalize", False)) if name is not None else False
+        flat = ((0.0,) * len(data.mean), (1.0,) * len(data.mean))
+        self.bounds = Bounds.of(*((data.mean, data.std) if normalize else flat))
+        held, own = data.train.images.tensor_split([section.test])
+        held_labels, own_labels = data.train.labels.tensor_split([section.test])
+        self.test = (self._inputs(held), held_labels.to(device))
+        # The targets too: whoever is attacked took part in the rounds before.
+        self.inputs = self._inputs(torch.cat([own, data.target.images]))
+        self.labels = torch.cat([own_labels, data.target.labels]).to(device)
+        targets = one_hot(data.public.labels, data.num_classes).to(device, torch.float32)
+        share = torch.full((len(targets),), 1.0 / len(targets), device=device)
+        self.public = Batch(self._inputs(data.public.images), targets, share)
+        for specs in plan.defenses:
+            self._check_bound(build_defense(specs))
+
+    def _inputs(self, images: Tensor) -> Tensor:
+        return self.bounds.from_pixels(images).to(self.device)
+
+    def _parts(self, seed: int) -> tuple[Tensor, ...]:
+        return self.federation.deal(self.labels.cpu(), fold_in(_key(seed), "clients"))
+
+    def _check_bound(self, defense: Defense) -> None:
+        """A guarantee for each image does not survive that one image counts several times in a step."""
+        if defense.success_bound(0.5, 1) is None:
+            return
+        smallest = min(len(part) for seed in self.plan.run.seeds for part in self._parts(seed))
+        if smallest < self.federation.batch_size:
+            raise ConfigError(
+                f"a client has {smallest} images, and federation.batch_size is {self.federation.batch_size}: under "
+                "differential privacy one image would count several times in a step; lower it, or the clients."
+            )
+
+    def seen(self, seed: int) -> int:
+        """Most gradients in a round into which one image goes: a last batch is filled up with images of the epoch."""
+        size = self.federation.batch_size
+        each = [1 if len(part) % size == 0 else 1 + -(-size // len(part)) for part in self._parts(seed)]
+        return self.federation.epochs * max(each)
+
+    def train(self, run: Trained, told: Told) -> Trained:
+        """One training, from where it stopped."""
+        model = self._model(run.seed)
+        plain = Task.of(
+            model, self.data.image_shape, self.data.num_classes, self.bounds, batchnorm="train_shared", dropout="active"
+        ).to(self.device)
+        start = weights_of(model)
+        start = Weights(*(map_tensors(lambda t: t.to(self.device), part) for part in start))
+        defense = build_defense(run.defense) if run.defense else None
+        task = plain if defense is None else defense.on_task(plain)
+        run.seen = self.seen(run.seed)
+        what = f"training {run.folder.parent.name}, seed {run.seed}"
+        key = _key(run.seed)
+        strategy = self._server(run.defense, key)
+        weights, memory, states = _resume(run, start) or (start, None, None)
+        if not run.rounds:
+            run.rounds.append(AfterTraining(0, accuracy(task, start, *self.test)))
+            _keep(run, model, start, strategy.begin(start), ())
+        before = weights
+        given: dict[str, Any] = {"public": self.public, "strategy": strategy}
+        steps = rounds(
+            task, weights, self.inputs, self.labels, self.federation, key, done=len(run.rounds) - 1,
+            defense=defense, memory=memory, states=states or None, **given,
+        )  # fmt: skip
+        for after in steps:
+            assert after.clients is not None and after.memory is not None
+            if defense is not None:
+                _guard(run, before, after)
+            if defense is not None and after.number == 1:
+                bare = next(rounds(plain, start, self.inputs, self.labels, self.federation, key, **given))
+                run.changed = _changed(before, after, bare)
+            run.rounds.append(_account(before, after, accuracy(task, after.weights, *self.test)))
+            _keep(run, model, after.weights, after.memory, after.clients.states)
+            before = after.weights
+            told(what, after.number / self.federation.rounds)
+        return run
+
+    def _server(self, specs: tuple[Spec, ...], key: Tensor) -> FedAvg:
+        """The strategy, and the noise that a defense leaves to the server."""
+        strategy = self.plan.federation.server()
+        for number, spec in enumerate(specs):
+            link = build_defense((spec,))
+            if isinstance(link, UserDP):
+                own = fold_in(fold_in(key, "server noise"), number)
+                strategy = Noised(strategy, link.server_noise(self.federation.clients), own)
+        return strategy
+
+    def _model(self, seed: int) -> nn.Module:
+        return build_model(
+            self.plan.model.name or str(self.plan.model.factory),
+            input_shape=self.data.image_shape,
+            num_classes=self.data.num_classes,
+            options=self.plan.model.options,
+            seed=seed,
+        )
+
+
+def _key(seed: int) -> Tensor:
+    return fold_in(new_key(seed), "training")
+
+
+def _moved(before: Weights, after: AfterRound) -> Tensors:
+    """How far each client moved, with a leading axis of clients."""
+    assert after.clients is not None
+    return {name: before.params[name] - sent for name, sent in after.clients.weights.params.items()}
+
+
+def _guard(run: Trained, before: Weights, after: AfterRound) -> None:
+    """A client whose defense drops its update silently would pass for a private one."""
+    moved = torch.stack([value.flatten(1).ne(0).any(1) for value in _moved(before, after).values()]).any(0)
+    still = (~moved).nonzero().flatten().tolist()
+    if still:
+        names = " + ".join(spec.name for spec in run.defense)
+        raise ModelError(
+            f"client {still[0]} returned exactly the weights it got in round {after.number} under {names} (clients "
+            f"that did so: {len(still)} of {len(moved)}); nothing is trained so, choose a weaker defense."
+        )
+
+
+def _changed(before: Weights, defended: AfterRound, bare: AfterRound) -> float:
+    """Share of clients whose update differs from that of the same client without its defense."""
+    one, two = _moved(before, defended), _moved(before, bare)
+    count = len(next(iter(one.values())))
+    differs = 0
+    for client in range(count):
+        own, plain = ({name: value[client] for name, value in moved.items()} for moved in (one, two))
+        apart = squared_norm(map_tensors(torch.sub, own, plain)).sqrt()
+        differs += bool(apart > SAME * squared_norm(plain).sqrt())
+    return differs / count
+
+
+def _account(before: Weights, after: AfterRound, right: float) -> AfterTraining:
+    assert after.clients is not None
+    sent = [*after.clients.weights.params.values(), *after.clients.weights.buffers.values()]
+    moved = list(_moved(before, after).values())
+    entries = sum(value.numel() for value in moved)
+    return AfterTraining(
+        round=after.number,
+        accuracy=right,
+        loss=after.loss,
+        bytes_up=sum(value.numel() * value.element_size() for value in sent),
+        nonzero=sum(int(value.count_nonzero()) for value in moved) / entries,
+        client_seconds=after.seconds,
+    )
+
+
+def epsilon(specs: tuple[Spec, ...], gradients: int) -> float | None:
+    """What differential privacy with one image as the unit guarantees after so many noisy gradients of it.
+
+    `None` where no link gives a guarantee, or another one acts before it.
+    """
+    if build_defense(specs).success_bound(0.5, 1) is None:
+        return None
+    for spec in specs:
+        link = build_defense((spec,))
+        if isinstance(link, DPSGD):
+            try:
+                return link.privacy(gradients).epsilon
+            except ConfigError:  # beyond what the accountant can compute
+                return math.inf
+    return None
+
+
+# Files
+
+
+def _keep(run: Trained, model: nn.Module, weights: Weights, memory: Memory, states: Sequence[State]) -> None:
+    """The global network in a file of its own, then everything that the next round needs, each atomically."""
+    known = model.state_dict().keys()
+    whole = {**weights.params, **weights.buffers}
+    _write(run.checkpoint(run.rounds[-1].round), {name: whole[name] for name in whole if name in known}, {})
+    parts = {"params": weights.params, "buffers": weights.buffers}
+    parts |= {f"server:{kind}": tensors for kind, tensors in memory.items()}
+    parts |= {f"client:{c}:{place}": kept for c, state in enumerate(states) for place, kept in state.items()}
+    account = {"rounds": [asdict(row) for row in run.rounds], "changed": run.changed, "clients": len(states)}
+    named = {f"{part}/{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
+    _write(run.folder / _PROGRESS, named, {_ACCOUNT: json.dumps(account)})
+
+
+def _write(path: Path, tensors: Tensors, metadata: dict[str, str]) -> None:
+    from safetensors.torch import save
+
+    data = save({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, metadata=metadata)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        raise StoreError(f"cannot write to the output folder '{path.parent}': {error.strerror}.") from error
+
+
+def _resume(run: Trained, like: Weights) -> tuple[Weights, Memory, list[State]] | None:
+    """Where a training stopped; `None`, with a warning if there is a file, where there is nothing to trust."""
+    from safetensors import SafetensorError, safe_open
+
+    path = run.folder / _PROGRESS
+    if not path.exists():
+        return None
+    device = next(iter(like.params.values())).device
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            account = json.loads((file.metadata() or {})[_ACCOUNT])
+            parts: dict[str, Tensors] = {}
+            for name in file.keys():  # noqa: SIM118  (it is no dictionary)
+                part, _, own = name.partition("/")
+                parts.setdefault(part, {})[own] = file.get_tensor(name).to(device)
+        weights = Weights(*(_like(parts.pop(part, {}), own) for part, own in zip(Weights._fields, like, strict=True)))
+        run.rounds = [AfterTraining(**row) for row in account["rounds"]]
+        run.changed = float(account["changed"])
+        memory: Memory = {}
+        states: list[State] = [{} for _ in range(account["clients"])]
+        for part, tensors in parts.items():
+            kind, _, rest = part.partition(":")
+            if kind == "server":
+                memory[rest] = tensors
+            else:
+                client, _, place = rest.partition(":")
+                states[int(client)][place] = tensors
+    except (SafetensorError, OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        warnings.warn(f"{path} is damaged ({cause(error)}); the training begins anew.", stacklevel=3)
+        run.rounds, run.changed = [], math.nan
+        return None
+    return weights, memory, states
+
+
+def _like(stored: Tensors, like: Tensors) -> Tensors:
+    """In the order of ``like``, which sums over all parameters follow."""
+    if stored.keys() != like.keys() or any(stored[name].shape != like[name].shape for name in like):
+        raise ValueError("it is of another model")
+    return {name: stored[name] for name in like}

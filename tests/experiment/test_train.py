@@ -1,0 +1,274 @@
+"""Training under defenses: files, resume, guards, and what the command line says of bad input."""
+
+from __future__ import annotations
+
+import json
+import math
+import stat
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from keyhole.cli import main
+from keyhole.core.keys import fold_in, new_key
+from keyhole.core.registry import DEFENSES
+from keyhole.core.trial import Spec
+from keyhole.defenses.dp_sgd import DPSGD
+from keyhole.errors import ConfigError, ModelError, StoreError
+from keyhole.experiment.spec import presets
+from keyhole.experiment.train import Trained, epsilon, train
+from keyhole.experiment.training_plan import TrainingPlan, load_training, parse_training
+from keyhole.report.training import over_seeds, remarks, training_json, write_training
+from keyhole.zoo.models import build_model, load_state
+
+
+def raw(*links: dict[str, Any], **federation: Any) -> dict[str, Any]:
+    """A training of seconds on few digits; each link is a defense of its own."""
+    return {
+        "data": {
+            "name": "digits", "target": 4, "tune": 0, "public": 8, "candidates": 0, "test": 60, "train": 62,
+        },
+        "model": {"name": "lenet_zhu"},
+        "federation": {"clients": 3, "rounds": 3, "batch_size": 16, "lr": 0.3, **federation},
+        "defenses": [{"chain": [link]} for link in links],
+    }  # fmt: skip
+
+
+def plan_of(*links: dict[str, Any], **federation: Any) -> TrainingPlan:
+    return parse_training(raw(*links, **federation))
+
+
+def states(run: Trained) -> list[dict[str, torch.Tensor]]:
+    return [load_file(run.checkpoint(row.round)) for row in run.rounds]
+
+
+def equal(one: Trained, two: Trained) -> bool:
+    pairs = zip(states(one), states(two), strict=True)
+    return all(torch.equal(a[name], b[name]) for a, b in pairs for name in a)
+
+
+def test_a_training_keeps_each_rounds_network_and_says_what_it_came_to(tmp_path: Path) -> None:
+    plan = plan_of({"name": "random_masking", "rate": 0.5})
+    bare, masked = train(plan, tmp_path)
+    assert [row.round for row in bare.rounds] == [0, 1, 2, 3]
+    assert bare.rounds[-1].loss < bare.rounds[1].loss
+    # 12 5x5 filters on 1, 12 and 12 channels with biases, and a head of 48 inputs (2x2 pixels): in float32.
+    parameters = 12 * 25 + 2 * 12 * 12 * 25 + 3 * 12 + 48 * 10 + 10
+    assert {row.bytes_up for row in bare.rounds[1:]} == {3 * 4 * parameters}
+    # Of the last convolution's 5x5 filters only the inner 3x3 ever meet its 2x2 maps; the rest is padding.
+    assert bare.rounds[1].nonzero == pytest.approx(1 - 12 * 12 * 16 / parameters)
+    assert masked.rounds[1].nonzero == pytest.approx(0.5 * bare.rounds[1].nonzero, abs=0.02)
+    assert math.isnan(bare.changed) and masked.changed == 1
+    assert not equal(bare, masked)
+    model = build_model("lenet_zhu", input_shape=(1, 8, 8), num_classes=10, options={}, seed=0)
+    load_state(model, bare.checkpoint(0))
+    assert all(
+        torch.equal(value, build_model("lenet_zhu", input_shape=(1, 8, 8), num_classes=10, options={}, seed=0)
+        .state_dict()[name]) for name, value in model.state_dict().items()
+    )  # fmt: skip
+    load_state(model, masked.checkpoint(3))
+    assert stat.S_IMODE(masked.checkpoint(3).stat().st_mode) == 0o600
+    table = write_training(plan, [bare, masked], tmp_path)
+    assert [line[0] for line in table] == ["defense", "none", "random_masking(rate=0.5)"]
+    report = json.loads((tmp_path / "train.json").read_text())
+    assert len(report["rows"]) == 8 and report["remarks"] == []
+
+
+@pytest.mark.parametrize("strategy", [{}, {"strategy": "fedadam", "server_lr": 0.03}])
+def test_an_interrupted_training_ends_as_a_whole_one(tmp_path: Path, strategy: dict[str, Any]) -> None:
+    """Also of a defense that keeps something of its clients, and of a server that does."""
+    plan = plan_of({"name": "top_k", "rate": 0.5, "feedback": True}, **strategy)
+    whole = train(plan, tmp_path / "whole")
+
+    class Stop(Exception):
+        pass
+
+    def stop(what: str, fraction: float) -> None:
+        if "top_k" in what and fraction > 0.5:
+            raise Stop
+
+    with pytest.raises(Stop):
+        train(plan, tmp_path / "cut", told=stop)
+    told: list[str] = []
+    again = train(plan, tmp_path / "cut", told=lambda what, fraction: told.append(f"{what} {fraction:.2f}"))
+    assert told == ["training 01-top_k, seed 0 1.00"]
+    for one, two in zip(whole, again, strict=True):
+        assert equal(one, two)
+        assert [row.accuracy for row in one.rounds] == [row.accuracy for row in two.rounds]
+        assert [row.loss for row in one.rounds[1:]] == [row.loss for row in two.rounds[1:]]
+
+
+def test_a_damaged_account_is_not_trusted(tmp_path: Path) -> None:
+    plan = plan_of(rounds=1)
+    (one,) = train(plan, tmp_path)
+    before = states(one)
+    path = one.folder / "progress.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.warns(UserWarning, match="damaged"):
+        (again,) = train(plan, tmp_path)
+    assert all(torch.equal(a[n], b[n]) for a, b in zip(before, states(again), strict=True) for n in a)
+
+
+def test_a_folder_of_another_training_is_left_alone(tmp_path: Path) -> None:
+    train(plan_of(rounds=1), tmp_path)
+    with pytest.raises(StoreError, match="another experiment"):
+        train(plan_of(rounds=2), tmp_path)
+
+
+@pytest.fixture
+def registered() -> Any:
+    """Adds a defense to the registry for one test."""
+    from keyhole.core.defense import Context, Defense
+    from keyhole.core.types import Tensors
+
+    class Dropping(Defense):
+        """Sends nothing."""
+
+        def on_update(self, update: Tensors, ctx: Context) -> Tensors:
+            return {name: torch.zeros_like(value) for name, value in update.items()}
+
+    DEFENSES.add(name="dropping", paper="test", arxiv="0000.00000")(Dropping)
+    yield
+    DEFENSES._cards.pop("dropping")
+
+
+def test_a_client_that_returns_what_it_got_ends_the_training(tmp_path: Path, registered: None) -> None:
+    with pytest.raises(ModelError, match="client 0 returned exactly the weights it got in round 1 under dropping"):
+        train(plan_of({"name": "dropping"}, rounds=1), tmp_path)
+
+
+def test_a_defense_that_changes_nothing_is_reported(tmp_path: Path) -> None:
+    plan = plan_of(
+        {"name": "random_masking", "rate": 0.0},
+        {"name": "clip", "norm": 1e6},
+        # The same gradients, summed example by example: equal but for rounding.
+        {"name": "dp_sgd", "noise_multiplier": 0.0, "clip": 1e6},
+        {"name": "clip", "norm": 1e-3},
+        rounds=1,
+    )
+    done = train(plan, tmp_path)
+    assert [run.changed for run in done[1:]] == [0, 0, 0, 1]
+    said = remarks(done)
+    assert len(said) == 3 and all("changed nothing" in sentence for sentence in said)
+    assert training_json(plan, done)["remarks"] == said
+
+
+def test_the_server_adds_the_noise_that_user_level_privacy_leaves_to_it(tmp_path: Path) -> None:
+    link = {"name": "user_dp", "clip": 0.1}
+    quiet, loud = (train(plan_of({**link, "noise_multiplier": z}, rounds=1), tmp_path / str(z))[1] for z in (0.0, 6.0))
+    apart = torch.cat([(states(loud)[1][n] - w).flatten() for n, w in states(quiet)[1].items()])
+    # z C / m = 6 * 0.1 / 3 on each of some 8,000 entries.
+    assert float(apart.std()) == pytest.approx(0.2, rel=0.05)
+    assert abs(float(apart.mean())) < 0.01
+    assert equal(loud, train(plan_of({**link, "noise_multiplier": 6.0}, rounds=1), tmp_path / "6.0")[1])
+
+
+def test_epsilon_counts_the_gradients_that_an_image_goes_into(tmp_path: Path) -> None:
+    plan = plan_of({"name": "dp_sgd", "noise_multiplier": 2.0}, rounds=2, epochs=2)
+    defended = train(plan, tmp_path)[1]
+    # Three clients of 22 images: two batches of 16, the second filled up, so that some images count twice an epoch.
+    assert defended.seen == 4
+    assert epsilon(defended.defense, 8) == pytest.approx(DPSGD(noise_multiplier=2.0).privacy(8).epsilon)
+    assert training_json(plan, [defended])["summary"][0]["epsilon"] == pytest.approx(
+        DPSGD(noise_multiplier=2.0).privacy(8).epsilon, rel=1e-5
+    )
+    assert epsilon((Spec.of("random_masking", {"rate": 0.5}),), 8) is None
+    even = train(plan_of(rounds=1, batch_size=11), tmp_path / "even")[0]
+    assert even.seen == 1
+
+
+def test_differential_privacy_is_refused_where_an_image_counts_several_times_in_a_step(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="a client has 22 images"):
+        train(plan_of({"name": "dp_sgd"}, batch_size=32), tmp_path)
+    assert not (tmp_path / "config.toml").exists()
+
+
+def test_held_out_images_are_never_trained_on(tmp_path: Path) -> None:
+    from keyhole.experiment.train import _Problem
+
+    plan = plan_of()
+    problem = _Problem(plan, torch.device("cpu"))
+    own = {row.numpy().tobytes() for row in problem.inputs}
+    assert len(problem.test[1]) == 60 and len(problem.labels) == 66
+    assert sum(row.numpy().tobytes() in own for row in problem.test[0]) == 0
+    parts = problem.federation.deal(problem.labels, fold_in(fold_in(new_key(0), "training"), "clients"))
+    assert torch.equal(torch.cat(parts).sort().values, torch.arange(66))
+
+
+def test_the_mean_over_seeds_has_a_student_interval() -> None:
+    found = over_seeds([0.90, 0.92, 0.97])
+    # By hand: mean 0.93, standard error 0.0208167, t(0.975, 2) = 4.302653.
+    assert found.value == pytest.approx(0.93)
+    assert found.low == pytest.approx(0.93 - 4.302653 * 0.0208167, abs=1e-5)
+    assert found.high == 1.0
+    assert math.isnan(over_seeds([0.5]).low)
+
+
+@pytest.mark.parametrize("name", sorted(presets("training")))
+def test_presets_resolve_to_themselves(name: str, tmp_path: Path) -> None:
+    plan = load_training(name)
+    path = tmp_path / f"{name}.toml"
+    path.write_text(plan.to_toml())
+    assert load_training(str(path)) == plan
+    assert plan.audit is not None
+
+
+def run(*arguments: str) -> int:
+    with pytest.MonkeyPatch.context() as patch:
+        import warnings
+
+        patch.setattr(sys, "argv", ["keyhole", *arguments])
+        patch.setattr(warnings, "showwarning", warnings.showwarning)
+        with pytest.raises(SystemExit) as left:
+            main()
+        return int(left.value.code or 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["train", "nowhere"], "unknown preset 'nowhere'"),
+        (["train", "quick"], "a preset of keyhole audit"),
+        (["audit", "frontier"], "a preset of keyhole train and keyhole frontier"),
+        (["train", "frontier", "--backend", "smoke"], "unknown backend 'smoke'"),
+        (["train", "frontier", "--set", "federation.round=3"], "did you mean 'rounds'"),
+        (["train", "frontier", "--set", "federation.mu=0.1"], 'belongs to strategy = "fedprox"'),
+        (["train", "frontier", "--set", "federation.alpha=0.1"], 'belongs to partition = "dirichlet"'),
+        (["train", "frontier", "--set", "federation.clients=2000"], "clients cannot share"),
+        (["train", "frontier", "--set", "data.test=5000"], "lower data.test"),
+        (["train", "frontier", "--set", "run.seeds=[0, 0]"], "repeats a seed"),
+        (["frontier", "frontier", "--set", "audit.rounds=[0, 21]"], "a rising list of rounds"),
+        (["frontier", "frontier", "--set", "audit.run.seeds=[1]"], "those of the training"),
+        (["frontier", "frontier", "--set", "audit.attacks=[]"], "[audit]: the audit file names no attack"),
+        (["train", "frontier", "--set", "audit.sees=1"], "unknown key 'sees' in [audit]"),
+    ],
+)
+def test_bad_input_is_one_sentence(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert run(*arguments, "--out", str(tmp_path / "out")) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.startswith("Error: ") and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_frontier_needs_attacks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import tomli_w
+
+    path = tmp_path / "bare.toml"
+    path.write_text(tomli_w.dumps(raw()))
+    assert run("frontier", str(path), "--out", str(tmp_path / "out")) == 2
+    assert "needs an [audit] section" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_presets_settings_teach_ten_clients_digits(tmp_path: Path) -> None:
+    """A small `train_digits`: one seed."""
+    (bare,) = train(load_training("frontier", ["defenses=[]"]), tmp_path)
+    assert len(bare.rounds) == 21
+    assert bare.accuracy >= 0.95
+    assert bare.rounds[0].accuracy < 0.3
