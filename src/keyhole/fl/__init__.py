@@ -11,5 +11,6 @@ except ImportError as error:
     raise KeyholeError("keyhole.fl needs Flower; install it with `pip install keyhole[flower]`.") from error
 
 from keyhole.fl.mods import DefenseMod
+from keyhole.fl.recorder import Recorder, record_batches
 
-__all__ = ["DefenseMod"]
+__all__ = ["DefenseMod", "Recorder", "record_batches"]

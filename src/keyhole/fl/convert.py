@@ -34,9 +34,7 @@ def parameter_names(model: nn.Module) -> tuple[str, ...]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         first = names.setdefault(id(parameter), name)
         if first != name:
-            raise ModelError(
-                f"parameters '{first}' and '{name}' are one tensor, which would be sent twice; untie them."
-            )
+            raise ModelError(f"parameters '{first}' and '{name}' are one tensor, to be sent twice; untie them.")
     sent = model.state_dict()
     return tuple(name for name in names.values() if name in sent and sent[name].is_floating_point())
 
