@@ -64,9 +64,7 @@ class Recorder(Strategy):
     def __init__(self, strategy: Strategy, directory: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES) -> None:
         if not isinstance(strategy, Strategy):
             kind = strategy.__name__ if isinstance(strategy, type) else type(strategy).__name__
-            raise ConfigError(
-                f"{kind} is not a strategy; it must be an flwr.serverapp.strategy.Strategy."
-            )
+            raise ConfigError(f"{kind} is not a strategy; it must be an flwr.serverapp.strategy.Strategy.")
         if max_bytes < 1:
             raise ConfigError(f"max_bytes is {max_bytes!r}; it must be at least 1.")
         self.strategy, self.folder, self.max_bytes = strategy, Path(directory), max_bytes
