@@ -191,13 +191,12 @@ def _known(changes: tuple[str, ...]) -> Known:
 
 
 def _task(network: nn.Module, known: Known) -> Task:
-    shape = tuple(known.shape or getattr(network, "input_shape", ()))
+    own: Any = getattr(network, "input_shape", ())
+    shape = tuple(known.shape or own)
     if len(shape) != 3 or min(shape) < 1:
         raise ConfigError("the shape of an image is not known; say it with --set shape=[1,28,28], for example.")
     if min(shape[1:]) < SMALLEST:
-        raise DataError(
-            f"images of {shape[1]}x{shape[2]} pixels are too small; similarity needs {SMALLEST}x{SMALLEST}."
-        )
+        raise DataError(f"images of {shape[1]}x{shape[2]} pixels are too small; {SMALLEST}x{SMALLEST} are needed.")
     classes = known.classes
     if classes is None:
         linear = [module for module in network.modules() if isinstance(module, nn.Linear)]
@@ -290,8 +289,8 @@ def _training(task: Task, one: Recorded, known: Known) -> Training:
         words.append(
             "learning rate unknown: only the update's direction is matched"
             if estimate is None
-            else f"learning rate unknown, estimated at {estimate:.2g} from the last layer; only the update's direction is "
-            "matched"
+            else f"learning rate unknown, estimated at {estimate:.2g} from the last layer; only the update's direction "
+            "is matched"
         )
     rule = LocalSGD(rounds, lr or estimate or 1.0, batch, "shuffled" if steps > 1 else "fixed")
     return Training(rule, images, steps, lr is not None, tuple(words))

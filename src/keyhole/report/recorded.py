@@ -15,6 +15,8 @@ from keyhole.experiment.recorded import Attempt, Finding, Findings
 from keyhole.experiment.transcript import as_safetensors, write_private
 from keyhole.report.groups import LEAK_MARGIN, LEAK_SSIM, SLACK
 
+HEAD = ("round", "client", "images", "steps", "prediction", "attack", "attacker", "status", "score", "SSIM", "leaked")
+
 PICTURES = 16
 """Images of one attack on the page."""
 
@@ -77,8 +79,8 @@ def conclusion(findings: Findings) -> str:
     explained = sum(any(a.score <= SOLVED for a in one.attempts) for one in findings.found)
     count = len(findings.found)
     first = (
-        f"{explained} of {count} attacked update{'s' * (count != 1)} explained: images were found that would have caused "
-        "(nearly) the same update."
+        f"{explained} of {count} attacked update{'s' * (count != 1)} explained: images were found that would have "
+        "caused (nearly) the same update."
     )
     if not scored:
         return f"{first} Whether they are the private ones only secrets of a test run can tell (--secrets)."
@@ -89,21 +91,7 @@ def conclusion(findings: Findings) -> str:
 
 def lines(findings: Findings) -> list[tuple[str, ...]]:
     """A table: one line for each attack on each update, after its head."""
-    table: list[tuple[str, ...]] = [
-        (
-            "round",
-            "client",
-            "images",
-            "steps",
-            "prediction",
-            "attack",
-            "attacker",
-            "status",
-            "own score",
-            "SSIM",
-            "leaked",
-        )
-    ]
+    table: list[tuple[str, ...]] = [HEAD]
     for one in findings.found:
         for attempt in one.attempts:
             ssim, judged = attempt.metrics.get("ssim", []), leaks(attempt)
