@@ -25,6 +25,7 @@ from keyhole.core.types import Tensors, Weights
 from keyhole.errors import ConfigError, ModelError
 from keyhole.fl import DefenseMod
 from keyhole.fl.convert import parameter_names, to_record, to_tensors
+from keyhole.fl.mods import round_key
 
 UPDATE_LEVEL = [
     card.name
@@ -118,19 +119,19 @@ def test_randomness_comes_from_the_operating_system_unless_a_seed_is_given(
     model = make_model()
     noise = DEFENSES.build("gaussian_noise", std=1.0)
     mod = DefenseMod(noise, model)
-    assert not caplog.records
     torch.manual_seed(0)
     first = arrays(run(mod, model, context()))["4.weight"]
     torch.manual_seed(0)
     assert not torch.equal(first, arrays(run(mod, model, context()))["4.weight"])
     drawn: list[int] = []
     monkeypatch.setattr("keyhole.fl.mods.secrets.randbits", lambda bits: drawn.append(bits) or len(drawn))
-    assert mod.key(1, 1).tolist() == [1, 2]
+    assert round_key(None, 1, 1).tolist() == [1, 2]
     assert drawn == [32, 32]
-    fixed = DefenseMod(noise, model, seed=0)
+    assert "fixed seed" not in caplog.text
+    run(DefenseMod(noise, model, seed=0), model, context())
     assert "Simulation only" in caplog.text
-    assert fixed.key(1, 1).tolist() == fixed.key(1, 1).tolist() != fixed.key(2, 1).tolist()
-    assert fixed.key(1, 1).tolist() != fixed.key(1, 2).tolist()
+    keys = {tuple(round_key(0, client, turn).tolist()) for client in (1, 2) for turn in (1, 2, 1)}
+    assert len(keys) == 4
 
 
 class Breaks(Defense):

@@ -21,6 +21,7 @@ from keyhole.core.registry import DEFENSES
 from keyhole.core.types import Weights
 from keyhole.experiment.transcript import read_secret, read_transcript
 from keyhole.fl import DefenseMod
+from keyhole.fl.mods import round_key
 from keyhole.metrics.image import structural_similarity
 
 ONE = {"images": 1, "batch_size": 1, "local_epochs": 1, "rounds": 1}
@@ -90,7 +91,7 @@ def test_the_defended_app_sends_what_the_defense_makes_of_a_step_done_by_hand(tm
         net.zero_grad()
         functional.cross_entropy(net(secret.inputs), secret.labels).backward()
         trained = {name: torch.add(sent[name], p.grad, alpha=-one.config["lr"]) for name, p in net.named_parameters()}
-        ctx = core.Context(mod.task, Weights(sent, {}), mod.key(client_number, 1), round=1, client=client_number)
+        ctx = core.Context(mod.task, Weights(sent, {}), round_key(5, client_number, 1), round=1, client=client_number)
         defended = defense.on_update({name: sent[name] - trained[name] for name in sent}, ctx)
         for name, value in one.update.items():
             # To the last bit, so that whatever attacks it in process or from the transcript finds the same.

@@ -12,5 +12,6 @@ except ImportError as error:
 
 from keyhole.fl.mods import DefenseMod
 from keyhole.fl.recorder import Recorder, record_batches
+from keyhole.fl.training import defended_training
 
-__all__ = ["DefenseMod", "Recorder", "record_batches"]
+__all__ = ["DefenseMod", "Recorder", "defended_training", "record_batches"]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import torch
-from flwr.app import Array, ArrayRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, RecordDict
 from torch import nn
 
 from keyhole.core.types import Tensors
 from keyhole.errors import ModelError, Refused
+
+_STATE = "keyhole.state."
+_ROUNDS = "keyhole.rounds"
 
 
 def to_tensors(record: ArrayRecord) -> Tensors:
@@ -57,3 +60,17 @@ def model_record(content: RecordDict, names: frozenset[str], whose: str) -> tupl
         keys = " and ".join(f"'{key}'" for key, _ in found)
         raise Refused(f"{whose} has parameters of the model in several array records, {keys}; one is needed.")
     return found[0]
+
+
+def kept_state(context: Context) -> tuple[dict[str, Tensors], int]:
+    """What a defense keeps on this client, and how many rounds it has been through."""
+    records = context.state.array_records.items()
+    state = {name.removeprefix(_STATE): to_tensors(record) for name, record in records if name.startswith(_STATE)}
+    return state, int(str(context.state.config_records.get(_ROUNDS, {"count": 0})["count"]))
+
+
+def keep_state(context: Context, state: dict[str, Tensors], rounds: int) -> None:
+    """For the client's next round; Flower never sends it anywhere."""
+    for name, tensors in state.items():
+        context.state[f"{_STATE}{name}"] = to_record(tensors)
+    context.state[_ROUNDS] = ConfigRecord({"count": rounds})

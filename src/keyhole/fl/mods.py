@@ -7,8 +7,8 @@ import logging
 import secrets
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MessageType
 from flwr.app import Context as FlowerContext
+from flwr.app import Error, Message, MessageType
 from flwr.clientapp.typing import ClientAppCallable
 from flwr.common.constant import ErrorCode
 from torch import nn
@@ -19,11 +19,9 @@ from keyhole.core.modes import norm_layers
 from keyhole.core.task import Bounds, Task, cross_entropy
 from keyhole.core.types import Key, Tensors, Weights
 from keyhole.errors import ConfigError, KeyholeError, Refused
-from keyhole.fl.convert import model_record, parameter_names, to_record, to_tensors
+from keyhole.fl.convert import keep_state, kept_state, model_record, parameter_names, to_record, to_tensors
 
 _LOG = logging.getLogger("keyhole.fl")
-_STATE = "keyhole.state."
-_ROUNDS = "keyhole.rounds"
 
 
 class DefenseMod:
@@ -43,7 +41,7 @@ class DefenseMod:
         model: the module that is trained, for the names of its parameters and BatchNorm layers; a `Task` where the
             defense asks for more of it. It is copied.
         seed: for simulations only. By default 64 bits from the operating system make a fresh key in each round; whoever
-            knows a seed, such as the server, can draw the same noise and take it off. A log line says so.
+            knows a seed, such as the server, can draw the same noise and take it off. A log line says so in each round.
 
     Raises:
         ConfigError: the defense does not act on the update alone.
@@ -63,8 +61,6 @@ class DefenseMod:
         self.names = frozenset(parameter_names(self.task.model))
         if not self.names:
             raise ConfigError("the model has no floating-point parameters to defend.")
-        if seed is not None:
-            _LOG.warning("A fixed seed: the server can draw the same randomness and undo the defense. Simulation only.")
 
     def __call__(self, message: Message, context: FlowerContext, call_next: ClientAppCallable) -> Message:
         """Run the app, and defend what it returns."""
@@ -88,28 +84,22 @@ class DefenseMod:
             return _refusal(message, error)
         return reply
 
-    def key(self, client: int, number: int) -> Key:
-        """The randomness of one client in one round: from the operating system, or what follows from the seed."""
-        if self.seed is None:
-            return torch.tensor([secrets.randbits(32), secrets.randbits(32)], dtype=torch.int64)
-        return fold_in(fold_in(new_key(self.seed), f"client {client}"), f"round {number}")
-
     def _defend(self, received: Tensors, reply: Message, context: FlowerContext, number: int | None) -> None:
         """Replace the parameters in a reply; it is changed only once everything has worked."""
         place, record = model_record(reply.content, self.names, "the reply")
         returned = to_tensors(record)
         _check(received, returned, set(self.task.model.state_dict()))
         sent = [name for name in returned if name in self.names]
-        rounds = _rounds_before(context)
+        state, rounds = kept_state(context)
         number = rounds + 1 if number is None else number
-        client = int(context.node_config.get("partition-id", context.node_id))
+        client = client_number(context)
         ctx = Context(
             self.task,
             Weights(*({n: t for n, t in received.items() if (n in self.names) is kind} for kind in (True, False))),
-            self.key(client, number),
+            round_key(self.seed, client, number),
             round=number,
             client=client,
-            state=_state(context),
+            state=state,
         )
         update = {name: received[name] - returned[name] for name in sent}
         defended = self.defense.on_update(dict(update), ctx)
@@ -120,10 +110,21 @@ class DefenseMod:
                 raise Refused(f"the defense returned something of another shape, or not finite, for '{name}'.")
         leaving = {name: (received[name] - defended[name]).to(returned[name].dtype) for name in sent}
         defended_record = to_record(leaving, record)
-        for name, tensors in ctx.state.items():
-            context.state[f"{_STATE}{name}"] = to_record(tensors)
-        context.state[_ROUNDS] = ConfigRecord({"count": rounds + 1})
+        keep_state(context, ctx.state, rounds + 1)
         reply.content[place] = defended_record
+
+
+def client_number(context: FlowerContext) -> int:
+    """Which client this is: a simulation's partition, which is the same in each run, or else the node."""
+    return int(context.node_config.get("partition-id", context.node_id))
+
+
+def round_key(seed: int | None, client: int, number: int) -> Key:
+    """The randomness of one client in one round: from the operating system, or what follows from a seed."""
+    if seed is None:
+        return torch.tensor([secrets.randbits(32), secrets.randbits(32)], dtype=torch.int64)
+    _LOG.warning("A fixed seed: the server can draw the same randomness and undo the defense. Simulation only.")
+    return fold_in(fold_in(new_key(seed), f"client {client}"), f"round {number}")
 
 
 def _other_hook(defense: Defense) -> str | None:
@@ -161,16 +162,6 @@ def _round(message: Message) -> int | None:
     """The server's number of the round, where a config record says it as Flower's strategies do."""
     found = [record["server-round"] for record in message.content.config_records.values() if "server-round" in record]
     return int(str(found[0])) if found else None
-
-
-def _rounds_before(context: FlowerContext) -> int:
-    record = context.state.config_records.get(_ROUNDS, {"count": 0})
-    return int(str(record["count"]))
-
-
-def _state(context: FlowerContext) -> dict[str, Tensors]:
-    kept: dict[str, ArrayRecord] = dict(context.state.array_records)
-    return {name.removeprefix(_STATE): to_tensors(record) for name, record in kept.items() if name.startswith(_STATE)}
 
 
 def _refusal(message: Message, error: Exception) -> Message:
