@@ -87,5 +87,5 @@ def defended_training(
     update = defense.on_update(upload.update, ctx)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter -= update[name].to(parameter.dtype)
+            parameter.sub_(update[name].to(parameter.dtype))
     keep_state(context, ctx.state, rounds + 1)
