@@ -69,7 +69,9 @@ def init_command(
 
 @app.command("audit")
 def audit_command(
-    source: Annotated[str, typer.Argument(metavar="PRESET_OR_TOML", help="A preset's name or an audit file.")],
+    source: Annotated[
+        str | None, typer.Argument(metavar="PRESET_OR_TOML", help="A preset's name or an audit file.")
+    ] = None,
     out_dir: Annotated[Path | None, typer.Option("--out", help="Output folder; by default audits/TITLE.")] = None,
     overrides: Annotated[list[str] | None, typer.Option("--set", help="Override a key: run.samples=4.")] = None,
     jobs: Annotated[int, typer.Option(min=0, help="Worker processes on a CPU; 0: one a core.")] = 0,
@@ -78,8 +80,18 @@ def audit_command(
     layers: Annotated[bool, typer.Option("--layers", help="Also leave out layers: which matter?")] = False,
     dry: Annotated[bool, typer.Option("--dry-run", help="Only say what would run, its cost, what to expect.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: machine-readable.")] = False,
+    transcript: Annotated[Path | None, typer.Option(help="Attack what keyhole.fl.Recorder wrote instead.")] = None,
+    model: Annotated[str | None, typer.Option(help="With --transcript: package.module:factory.")] = None,
+    secrets: Annotated[Path | None, typer.Option(help="With --transcript: what record_batches wrote.")] = None,
 ) -> None:
-    """Attack what clients would send, and write a report. Run again to go on after an interruption."""
+    """Attack what clients would send, or did send, and write a report. Run again to go on after an interruption."""
+    if transcript is not None:
+        if source is not None or model is None or layers or dry or as_json:
+            raise ConfigError("--transcript goes with --model, and with --secrets, --out and --set where wanted.")
+        _audit_transcript(transcript, model, secrets, overrides or [], out_dir or Path("audits") / "transcript")
+        return
+    if source is None or model is not None or secrets is not None:
+        raise ConfigError("name a preset or an audit file, or give --transcript with --model (and --secrets).")
     study = load_study(source, overrides or [])
     if layers:
         study = with_layers(study)
@@ -270,6 +282,24 @@ def _report(folder: Path) -> None:
     _print_table(render_verdict(report))
     out.print()
     out.print(report.verdict, highlight=False, markup=False)
+    out.print(f"\nReport: {html.resolve()}", highlight=False, soft_wrap=True)
+
+
+def _audit_transcript(transcript: Path, model: str, secrets: Path | None, changes: list[str], folder: Path) -> None:
+    from keyhole.experiment.recorded import audit_transcript
+    from keyhole.report.recorded import conclusion, lines, write_recorded
+
+    findings = audit_transcript(transcript, model, secrets, tuple(changes))
+    html = write_recorded(findings, folder)
+    head, *rows = lines(findings)
+    table = Table(*head, box=None, padding=(0, 1))
+    for row in rows:
+        table.add_row(*(escape(value) for value in row))
+    out.print(table)
+    for one in findings.found:
+        who = f"Round {one.update.round}, client {one.update.client}"
+        out.print(f"{who}: {'; '.join(one.training.words)}.", highlight=False, markup=False)
+    out.print(conclusion(findings), highlight=False, markup=False)
     out.print(f"\nReport: {html.resolve()}", highlight=False, soft_wrap=True)
 
 

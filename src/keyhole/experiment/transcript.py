@@ -1,0 +1,248 @@
+"""A transcript: what the server of a real federation sent and got, round by round, as `keyhole.fl.Recorder` writes it.
+
+::
+
+    transcript.json                  what this is, its version, the strategy, why it ended early
+    round-0001/round.json            config sent, and for each client: images, metrics, files, or why it has none
+    round-0001/weights.safetensors   global weights as sent (weights-2 and so on where clients got different ones)
+    round-0001/client-42.safetensors how far client 42 moved, sent minus returned: what the server subtracts
+
+A round's folder appears whole or not at all. Everything is read with safetensors and JSON; pickles are never loaded.
+This file needs no Flower.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from keyhole.core.types import Observation, Tensors, Weights
+from keyhole.errors import DataError, cause
+
+KIND = "keyhole transcript"
+VERSION = 1
+"""Raise it when older versions of Keyhole could not read what is written."""
+
+TRANSCRIPT, ROUND = "transcript.json", "round.json"
+
+
+def round_folder(number: int) -> str:
+    """Name of a round's folder."""
+    return f"round-{number:04d}"
+
+
+def client_file(client: str) -> str:
+    """Name of a client's file, in a transcript or among the secrets of a test run."""
+    return f"client-{client}.safetensors"
+
+
+def write_private(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all, readable by its owner alone."""
+    partial = path.with_name(f"{path.name}.partial")
+    handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(handle, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def as_json(value: Any) -> bytes:
+    """JSON as it is written in transcripts."""
+    return json.dumps(value, indent=1).encode()
+
+
+def as_safetensors(tensors: Mapping[str, Tensor]) -> bytes:
+    """Tensors as the bytes of a safetensors file."""
+    from safetensors.torch import save
+
+    return save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+
+
+@dataclass(frozen=True, eq=False)
+class Recorded:
+    """One client's update in one round."""
+
+    round: int
+    client: str
+    weights: Weights
+    """What the client was sent."""
+    update: Tensors
+    """Parameters: what the server subtracts."""
+    examples: int | None
+    """How many images the client says it trained on."""
+    config: dict[str, Any]
+    """What the server told it, such as a learning rate."""
+
+    @property
+    def observation(self) -> Observation:
+        """What an attacker at the server sees."""
+        return Observation(weights=self.weights, update=self.update)
+
+
+@dataclass(frozen=True, eq=False)
+class Transcript:
+    """A run as its server saw it."""
+
+    about: dict[str, Any]
+    """What ``transcript.json`` says."""
+    updates: tuple[Recorded, ...]
+    """By round, then by client."""
+    missing: tuple[str, ...]
+    """Clients without an update, and why."""
+
+
+@dataclass(frozen=True, eq=False)
+class Secret:
+    """What a client of a test run trained on, in order."""
+
+    inputs: Tensor
+    """In the model's input space, (n, *shape)."""
+    labels: Tensor
+    """int64 (n,)."""
+
+
+def read_transcript(folder: Path, model: nn.Module) -> Transcript:
+    """Read and check a transcript.
+
+    Args:
+        folder: what `keyhole.fl.Recorder` wrote.
+        model: what was trained, for names and shapes.
+
+    Raises:
+        DataError: it is no transcript, of a newer Keyhole or another model, cut short, or holds NaN or pickles.
+    """
+    about = _json(folder / TRANSCRIPT, f"'{folder}' is no transcript")
+    if about.get("kind") != KIND:
+        raise DataError(f"'{folder / TRANSCRIPT}' does not describe a transcript of Keyhole.")
+    version = about.get("version")
+    if not isinstance(version, int) or version > VERSION:
+        raise DataError(
+            f"transcript '{folder}' has version {version!r}, of a newer Keyhole; this one reads up to {VERSION}."
+        )
+    updates: list[Recorded] = []
+    missing: list[str] = []
+    for place in sorted(folder.glob("round-[0-9]*")):
+        if place.is_dir() and place.suffix == "":
+            found, without = _read_round(place, model)
+            updates += found
+            missing += without
+    if not updates:
+        raise DataError(f"transcript '{folder}' holds no update of a complete round.")
+    return Transcript(about, tuple(updates), tuple(missing))
+
+
+def read_secret(folder: Path, number: int, client: str) -> Secret | None:
+    """What `keyhole.fl.record_batches` kept of a client's round; `None` where it kept nothing."""
+    path = folder / round_folder(number) / client_file(client)
+    if not path.exists():
+        return None
+    tensors = read_tensors(path, "secrets")
+    if set(tensors) != {"inputs", "labels"} or len(tensors["inputs"]) != len(tensors["labels"]):
+        raise DataError(f"secrets '{path}' need 'inputs' and as many 'labels'.")
+    return Secret(tensors["inputs"], tensors["labels"].long())
+
+
+def read_tensors(path: Path, what: str, size: int | None = None) -> Tensors:
+    """A safetensors file, checked for its length and for values that are not finite."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{what} file '{path}' is missing: the {what} is cut short.") from error
+    try:
+        tensors = load(data)
+    except (SafetensorError, ValueError, KeyError) as error:
+        # A pickle begins with its protocol, and what torch.save writes is a zip file with one inside.
+        if data[:1] == b"\x80" or data[:4] == b"PK\x03\x04":
+            raise DataError(f"{what} file '{path}' is a pickle, which could run code and is never loaded.") from error
+        raise DataError(f"{what} file '{path}' is damaged or cut short ({cause(error)}).") from error
+    if size is not None and len(data) != size:
+        raise DataError(f"{what} file '{path}' is cut short or was exchanged: {len(data)} bytes, not {size}.")
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise DataError(f"{what} file '{path}': '{name}' holds NaN or infinity.")
+    return tensors
+
+
+def _json(path: Path, what: str) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except OSError as error:
+        raise DataError(f"{what}: it has no {path.name}.") from error
+    except ValueError as error:
+        raise DataError(f"'{path}' is damaged or cut short ({cause(error)}).") from error
+    if not isinstance(found, dict):
+        raise DataError(f"'{path}' is damaged: it holds no JSON object.")
+    return found
+
+
+def _read_round(place: Path, model: nn.Module) -> tuple[list[Recorded], list[str]]:
+    told = _json(place / ROUND, f"round '{place}' is cut short")
+    try:
+        number, sizes = int(told["round"]), dict(told["files"])
+        clients = [(str(one["client"]), one) for one in told["clients"]]
+        shared: dict[str, Weights] = {}
+        updates, missing = [], []
+        for client, one in clients:
+            if "error" in one:
+                missing.append(f"round {number}, client {client}: {one['error']}")
+                continue
+            name, examples = str(one["weights"]), one.get("examples")
+            for used in (name, str(one["update"])):
+                if used not in sizes or "/" in used:
+                    raise ValueError(f"'{used}' is not among its files")
+            if name not in shared:
+                shared[name] = _weights(place / name, int(sizes[name]), model)
+            update = _update(place / one["update"], int(sizes[one["update"]]), model)
+            known = None if examples is None else int(examples)
+            updates.append(Recorded(number, client, shared[name], update, known, dict(one.get("config", {}))))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DataError(f"'{place / ROUND}' is damaged ({cause(error)}).") from error
+    return sorted(updates, key=lambda one: one.client), missing
+
+
+def _weights(path: Path, size: int, model: nn.Module) -> Weights:
+    tensors = read_tensors(path, "transcript", size)
+    expected = model.state_dict()
+    _same_names(path, set(tensors), set(expected))
+    for name, tensor in tensors.items():
+        _same_shape(path, name, tensor, expected[name])
+    params = {name for name, _ in model.named_parameters()}
+    return Weights(
+        {name: tensors[name].to(expected[name].dtype) for name, _ in model.named_parameters()},
+        {name: tensors[name] for name, _ in model.named_buffers() if name in tensors and name not in params},
+    )
+
+
+def _update(path: Path, size: int, model: nn.Module) -> Tensors:
+    tensors = read_tensors(path, "transcript", size)
+    expected = dict(model.named_parameters())
+    missing = sorted(set(expected) - set(tensors))
+    if missing:
+        raise DataError(f"transcript file '{path}' lacks '{missing[0]}'; it is of another model.")
+    for name, parameter in expected.items():
+        _same_shape(path, name, tensors[name], parameter)
+    return {name: tensors[name].to(parameter.dtype) for name, parameter in expected.items()}
+
+
+def _same_names(path: Path, found: set[str], expected: set[str]) -> None:
+    for name in sorted(expected - found):
+        raise DataError(f"transcript file '{path}' lacks '{name}'; it is of another model.")
+    for name in sorted(found - expected):
+        raise DataError(f"transcript file '{path}' has '{name}', which the model has not; it is of another model.")
+
+
+def _same_shape(path: Path, name: str, tensor: Tensor, expected: Tensor) -> None:
+    if tensor.shape != expected.shape:
+        shapes = f"{tuple(tensor.shape)}, the model's has {tuple(expected.shape)}"
+        raise DataError(f"transcript file '{path}': '{name}' has shape {shapes}; it is of another model.")

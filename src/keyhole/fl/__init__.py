@@ -1,0 +1,17 @@
+"""Keyhole inside Flower: defend a real app, record its traffic. The only folder that imports ``flwr``.
+
+Needs ``pip install keyhole[flower]``.
+"""
+
+from keyhole.errors import KeyholeError
+
+try:
+    import flwr.app  # noqa: F401
+except ImportError as error:
+    raise KeyholeError("keyhole.fl needs Flower; install it with `pip install keyhole[flower]`.") from error
+
+from keyhole.fl.mods import DefenseMod
+from keyhole.fl.recorder import Recorder, record_batches
+from keyhole.fl.training import defended_training
+
+__all__ = ["DefenseMod", "Recorder", "defended_training", "record_batches"]

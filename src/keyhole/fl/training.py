@@ -1,0 +1,91 @@
+"""A local loop for defenses that act on images, loss or gradients, which a mod cannot see."""
+
+from __future__ import annotations
+
+import torch
+from flwr.app import Context as FlowerContext
+from torch import Tensor, nn
+
+from keyhole.core.defense import Context, Defense, defended_gradient
+from keyhole.core.keys import fold_in
+from keyhole.core.rule import LocalSGD
+from keyhole.core.task import Bounds, Task, weights_of
+from keyhole.core.types import Batch
+from keyhole.errors import ConfigError
+from keyhole.fl.convert import keep_state, kept_state
+from keyhole.fl.mods import client_number, round_key
+
+
+def defended_training(
+    model: nn.Module,
+    defense: Defense,
+    inputs: Tensor,
+    labels: Tensor,
+    context: FlowerContext,
+    *,
+    lr: float,
+    epochs: int = 1,
+    batch_size: int = 32,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+    batchnorm: str | None = None,
+    dropout: str | None = None,
+    public: Batch | None = None,
+    seed: int | None = None,
+) -> None:
+    """Train a model in place for one round under a defense, with all of its hooks: ``w <- w - defense(w - w_T)``.
+
+    Plain SGD in a fresh random order each epoch, as `keyhole.core.rule.LocalSGD`; the last batch may be smaller. What
+    the defense keeps between rounds is kept in ``context.state``. Do not add a `DefenseMod` of the same defense.
+
+    Args:
+        model: as received from the server; ends linear, gives logits.
+        defense: any that leaves the model's parameters as they are.
+        inputs: all images of the round as the model reads them, (n, *shape).
+        labels: their classes, (n,).
+        context: the client's.
+        lr: learning rate, above 0.
+        epochs: passes over the images, at least 1.
+        batch_size: images in a step, at least 1.
+        mean: of the pixels in [0, 1], subtracted before the model reads them; a number for each channel, by default 0.
+        std: by which they are then divided, by default 1.
+        batchnorm: as in `Task.of`; running statistics stay as received.
+        dropout: as in `Task.of`.
+        public: public images, for defenses that need some.
+        seed: for simulations only; by default the operating system gives 64 bits of randomness.
+
+    Raises:
+        ConfigError: the defense adds or drops parameters of the model, so that server and clients would differ.
+        ModelError: see `Task.of`.
+    """
+    heads = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    shape = tuple(inputs.shape[1:])
+    bounds = Bounds.of(mean or (0.0,) * shape[0], std or (1.0,) * shape[0], inputs.dtype)
+    classes = heads[-1].out_features if heads else 0
+    plain = Task.of(model, shape, classes, bounds, batchnorm=batchnorm, dropout=dropout)
+    task = defense.on_task(plain)
+    if set(dict(task.model.named_parameters())) != set(dict(plain.model.named_parameters())):
+        raise ConfigError(f"{type(defense).__name__} changes the model's parameters; the server has to have them too.")
+    state, rounds = kept_state(context)
+    client = client_number(context)
+    key = round_key(seed, client, rounds + 1)
+    weights = weights_of(model, inputs.dtype)
+    ctx = Context(
+        task,
+        weights,
+        fold_in(key, "defense"),
+        round=rounds,
+        again=rounds > 0,
+        client=client,
+        public=public,
+        state=state,
+    )
+    targets = nn.functional.one_hot(labels, classes).to(inputs.dtype)
+    batch = defense.on_batch(Batch(inputs, targets, torch.full_like(targets[:, 0], 1.0 / len(inputs))), ctx)
+    rule = LocalSGD(epochs, lr, batch_size, "shuffled")
+    upload = rule(defended_gradient(task, defense, ctx), weights, batch, fold_in(key, "client"))
+    update = defense.on_update(upload.update, ctx)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.sub_(update[name].to(parameter.dtype))
+    keep_state(context, ctx.state, rounds + 1)

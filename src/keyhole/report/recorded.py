@@ -1,0 +1,176 @@
+"""The report of a transcript's audit: JSON, Markdown and one page of HTML, all readable by the owner alone."""
+
+from __future__ import annotations
+
+import json
+import math
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from keyhole.errors import StoreError
+from keyhole.experiment.recorded import Attempt, Finding, Findings
+from keyhole.experiment.transcript import as_safetensors, write_private
+from keyhole.report.groups import LEAK_MARGIN, LEAK_SSIM, SLACK
+
+HEAD = ("round", "client", "images", "steps", "prediction", "attack", "attacker", "status", "score", "SSIM", "leaked")
+
+PICTURES = 16
+"""Images of one attack on the page."""
+
+SOLVED = 1e-3
+"""Own score up to which an attack explains an update: what it found would have caused nearly the same one."""
+
+
+def leaks(attempt: Attempt) -> list[bool]:
+    """Of each secret image, whether it leaked: similar enough, and more so than what the attack makes of noise."""
+    pairs = zip(attempt.metrics.get("ssim", []), attempt.control.get("ssim", []), strict=True)
+    return [own >= LEAK_SSIM - SLACK and own >= blind + LEAK_MARGIN - SLACK for own, blind in pairs]
+
+
+def as_dict(findings: Findings) -> dict[str, Any]:
+    """For ``report.json``."""
+    return {
+        "kind": "transcript",
+        "model": findings.model,
+        "strategy": findings.about.get("strategy"),
+        "stopped": findings.about.get("stopped"),
+        "recorded": findings.recorded,
+        "without_update": list(findings.missing),
+        "view": "sum over clients" if findings.known.sum else "each client",
+        "updates": [_update(one) for one in findings.found],
+    }
+
+
+def _update(one: Finding) -> dict[str, Any]:
+    return {
+        "round": one.update.round,
+        "client": one.update.client,
+        "images": one.training.images,
+        "steps": one.training.steps,
+        "training": list(one.training.words),
+        "prediction": {"verdict": one.verdict, "reasons": [reason._asdict() for reason in one.reasons]},
+        "attacks": [_attack(attempt) for attempt in one.attempts],
+    }
+
+
+def _attack(one: Attempt) -> dict[str, Any]:
+    judged = leaks(one)
+    return {
+        "attack": one.attack,
+        "attacker": one.attacker,
+        "status": one.status,
+        "detail": one.detail,
+        "score": None if math.isnan(one.score) else one.score,
+        "explains_update": bool(one.score <= SOLVED),
+        "evaluations": one.evaluations,
+        "labels": list(one.labels),
+        "metrics": one.metrics,
+        "control": one.control,
+        "leak_rate": sum(judged) / len(judged) if judged else None,
+    }
+
+
+def conclusion(findings: Findings) -> str:
+    """The result in a sentence or two."""
+    scored = [one for one in findings.found if one.truth is not None]
+    explained = sum(any(a.score <= SOLVED for a in one.attempts) for one in findings.found)
+    count = len(findings.found)
+    first = (
+        f"{explained} of {count} attacked update{'s' * (count != 1)} explained: images were found that would have "
+        "caused (nearly) the same update."
+    )
+    if not scored:
+        return f"{first} Whether they are the private ones only secrets of a test run can tell (--secrets)."
+    worst = [max((sum(leaks(a)) for a in one.attempts), default=0) for one in scored]
+    images = sum(len(one.truth) for one in scored if one.truth is not None)
+    return f"{first} {sum(worst)} of {images} private images leaked to the best attack on each update."
+
+
+def lines(findings: Findings) -> list[tuple[str, ...]]:
+    """A table: one line for each attack on each update, after its head."""
+    table: list[tuple[str, ...]] = [HEAD]
+    for one in findings.found:
+        for attempt in one.attempts:
+            ssim, judged = attempt.metrics.get("ssim", []), leaks(attempt)
+            table.append(
+                (
+                    str(one.update.round),
+                    one.update.client,
+                    str(one.training.images),
+                    str(one.training.steps),
+                    one.verdict,
+                    attempt.attack,
+                    attempt.attacker,
+                    attempt.status,
+                    f"{attempt.score:.2g}",
+                    f"{np.mean(ssim):.2f}" if ssim else "-",
+                    f"{sum(judged)} of {len(judged)}" if judged else "-",
+                )
+            )
+    return table
+
+
+def _markdown(findings: Findings) -> str:
+    head, *rows = lines(findings)
+    table = ["| " + " | ".join(row) + " |" for row in (head, ("---",) * len(head), *rows)]
+    known = [
+        f"- Round {one.update.round}, client {one.update.client}: {'; '.join(one.training.words)}."
+        + "".join(f"\n    - {reason.text}" for reason in one.reasons)
+        for one in findings.found
+    ]
+    notes = [f"- No update of {text}" for text in findings.missing]
+    if "stopped" in findings.about:
+        notes.append(f"- Recording stopped early: {findings.about['stopped']}")
+    parts = ["# Transcript audited", conclusion(findings), *table, "", "## How the clients trained", *known]
+    return "\n".join([parts[0], "", parts[1], "", *parts[2:], *(["", "## Left out", *notes] if notes else []), ""])
+
+
+def _html(findings: Findings) -> str:
+    from keyhole.report import figures
+
+    def strip(title: str, images: Any) -> str:
+        shown = "".join(f'<img src="{figures.picture(image.numpy())}" width="64">' for image in images[:PICTURES])
+        return f"<p>{escape(title)}<br>{shown}</p>"
+
+    head, *rows = lines(findings)
+    cells = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    body = [
+        "<h1>Transcript audited</h1>",
+        f"<p>{escape(conclusion(findings))}</p>",
+        f"<table><tr>{''.join(f'<th>{escape(cell)}</th>' for cell in head)}</tr>{cells}</table>",
+    ]
+    for one in findings.found:
+        body.append(f"<h2>Round {one.update.round}, client {escape(one.update.client)}</h2>")
+        body.append(f"<p>{escape('; '.join(one.training.words))}.</p>")
+        body.append(f"<p>Prediction: {escape(one.verdict)}. {escape(' '.join(r.text for r in one.reasons))}</p>")
+        if one.truth is not None:
+            body.append(strip("Secret", one.truth))
+        body += [strip(f"{a.attack}, {a.attacker}", a.guesses) for a in one.attempts if len(a.guesses)]
+    style = (
+        "body{font:15px sans-serif;margin:2em}td,th{padding:.2em .6em;text-align:left}img{image-rendering:pixelated}"
+    )
+    return (
+        '<!doctype html><html lang="en"><meta charset="utf-8"><title>Transcript audited</title>'
+        f"<style>{style}</style>{''.join(body)}</html>"
+    )
+
+
+def write_recorded(findings: Findings, folder: Path) -> Path:
+    """Write ``report.json``, ``report.md``, ``report.html`` and the images found; returns the page's path."""
+    images = {
+        f"round-{one.update.round}/{one.update.client}/{a.attack}/{a.attacker}": a.guesses.float()
+        for one in findings.found
+        for a in one.attempts
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_private(folder / "reconstructions.safetensors", as_safetensors(images))
+        write_private(folder / "report.json", (json.dumps(as_dict(findings), indent=1) + "\n").encode())
+        write_private(folder / "report.md", _markdown(findings).encode())
+        write_private(folder / "report.html", _html(findings).encode())
+    except OSError as error:
+        raise StoreError(f"cannot write to the output folder '{folder}': {error.strerror}.") from error
+    return folder / "report.html"

@@ -1,0 +1,217 @@
+from __future__ import annotations
+
+import json
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from keyhole.errors import ConfigError, DataError, UnknownName
+from keyhole.experiment import recorded
+from keyhole.experiment.recorded import audit_transcript
+from keyhole.experiment.transcript import as_json, as_safetensors, client_file, round_folder
+from keyhole.metrics.image import structural_similarity
+from keyhole.report.recorded import leaks, write_recorded
+
+LR = 0.3
+QUICK = 'attacks=[{name="idlg",steps=300}]'
+
+
+class Small(nn.Module):
+    """A sigmoid network that gradient inversion solves."""
+
+    input_shape = (1, 8, 8)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(1, 8, 3, stride=2, padding=1), nn.Linear(128, 4)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(torch.sigmoid(self.conv(images)).flatten(1))
+
+
+MODEL = f"{__name__}:Small"
+
+
+def moved(model: nn.Module, batches: list[tuple[Tensor, Tensor]], lr: float = LR) -> dict[str, Tensor]:
+    """Plain SGD with torch's own optimizer: weights before minus weights after."""
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer = torch.optim.SGD(model.parameters(), lr)
+    for images, labels in batches:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+    after = {name: value.clone() for name, value in model.state_dict().items()}
+    model.load_state_dict(before)
+    return {name: before[name] - after[name] for name in before}
+
+
+def record(
+    folder: Path, model: nn.Module, updates: dict[str, dict[str, Tensor]], examples: dict[str, int], **config: Any
+) -> Path:
+    """A transcript of one round, written file by file."""
+    place = folder / round_folder(1)
+    place.mkdir(parents=True)
+    (folder / "transcript.json").write_bytes(as_json({"kind": "keyhole transcript", "version": 1}))
+    files = {"weights.safetensors": as_safetensors(model.state_dict())}
+    files |= {client_file(client): as_safetensors(update) for client, update in updates.items()}
+    for name, data in files.items():
+        (place / name).write_bytes(data)
+    clients = [
+        {"client": c, "weights": "weights.safetensors", "update": client_file(c), "examples": n, "config": config}
+        for c, n in examples.items()
+    ]
+    told = {"round": 1, "clients": clients, "files": {name: len(data) for name, data in files.items()}}
+    (place / "round.json").write_bytes(as_json(told))
+    return folder
+
+
+def keep(folder: Path, client: str, images: Tensor, labels: Tensor) -> Path:
+    (folder / round_folder(1)).mkdir(parents=True, exist_ok=True)
+    content = as_safetensors({"inputs": images, "labels": labels})
+    (folder / round_folder(1) / client_file(client)).write_bytes(content)
+    return folder
+
+
+@pytest.fixture
+def model() -> Small:
+    torch.manual_seed(3)
+    return Small()
+
+
+@pytest.fixture
+def image() -> tuple[Tensor, Tensor]:
+    return torch.rand(1, 1, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([2])
+
+
+def test_an_image_comes_back_from_transcript_and_model_alone(
+    tmp_path: Path, model: Small, image: tuple[Tensor, Tensor]
+) -> None:
+    told = {"lr": LR, "local-epochs": 1, "batch-size": 1}
+    folder = record(tmp_path / "t", model, {"7": moved(model, [image])}, {"7": 1}, **told)
+    (finding,) = audit_transcript(folder, MODEL, changes=(QUICK,)).found
+    (attempt,) = finding.attempts
+    assert float(structural_similarity(attempt.guesses, image[0])) > 0.95
+    assert attempt.labels == (2,)
+    assert attempt.score < 1e-3
+    assert not attempt.metrics and not leaks(attempt)
+    assert finding.verdict == "likely recoverable"
+    assert finding.training.words[1] == "learning rate 0.3, from the recorded config"
+
+
+def test_scores_come_from_the_secrets_and_nothing_else_does(
+    tmp_path: Path, model: Small, image: tuple[Tensor, Tensor]
+) -> None:
+    folder = record(tmp_path / "t", model, {"7": moved(model, [image])}, {"7": 1}, lr=LR)
+    other = torch.rand(1, 1, 8, 8, generator=torch.Generator().manual_seed(9))
+    right = audit_transcript(folder, MODEL, keep(tmp_path / "right", "7", *image), (QUICK,)).found[0].attempts[0]
+    wrong = audit_transcript(folder, MODEL, keep(tmp_path / "wrong", "7", other, image[1]), (QUICK,)).found[0]
+    assert torch.equal(right.guesses, wrong.attempts[0].guesses)
+    assert right.score == wrong.attempts[0].score
+    assert right.metrics["ssim"][0] > 0.95 and leaks(right) == [True]
+    assert right.metrics["label_accuracy"] == [1.0]
+    assert right.control["ssim"][0] < 0.5
+    assert leaks(wrong.attempts[0]) == [False]
+
+
+def test_the_learning_rate_is_estimated_where_nobody_says_it(
+    tmp_path: Path, model: Small, image: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = record(tmp_path / "t", model, {"7": moved(model, [image])}, {"7": 1})
+    matching = 'attacks=[{name="inverting_gradients",steps=600,restarts=1,tv=0.0}]'
+    finding = audit_transcript(folder, MODEL, changes=(matching,)).found[0]
+    assert not finding.training.scale_known
+    assert finding.training.rule.lr == pytest.approx(LR, rel=0.2)
+    assert float(structural_similarity(finding.attempts[0].guesses, image[0])) > 0.9
+    given = audit_transcript(folder, MODEL, changes=(QUICK, "lr=0.25")).found[0].training
+    assert given.rule.lr == 0.25 and given.scale_known
+    quick = tuple({**options, "steps": 2, "restarts": 1} for options in recorded.ONE_STEP)
+    monkeypatch.setattr(recorded, "ONE_STEP", quick)
+    # By default only an attack that does not mind the scale is tried.
+    names = [a.attack for a in audit_transcript(folder, MODEL, changes=("images=1",)).found[0].attempts]
+    assert names == ["inverting_gradients"]
+
+
+def test_under_secure_aggregation_the_sum_is_one_update_of_all_images(tmp_path: Path, model: Small) -> None:
+    """Weighted by images, one step of each client is one step on all images: checked with torch's own optimizer."""
+    made = torch.Generator().manual_seed(5)
+    images, labels = torch.rand(4, 1, 8, 8, generator=made), torch.tensor([0, 1, 2, 3])
+    parts = {"1": (images[:1], labels[:1]), "2": (images[1:], labels[1:])}
+    updates = {client: moved(model, [part]) for client, part in parts.items()}
+    folder = record(tmp_path / "t", model, updates, {"1": 1, "2": 3}, lr=LR)
+    for client, part in parts.items():
+        keep(tmp_path / "s", client, *part)
+    found = audit_transcript(folder, MODEL, tmp_path / "s", ("sum=true", 'attacks=[{name="idlg",steps=20}]'))
+    (finding,) = found.found
+    expected = moved(model, [(images, labels)])
+    for name, value in finding.update.update.items():
+        assert torch.allclose(value, expected[name], atol=1e-7)
+    assert finding.training.images == 4 and finding.training.steps == 1
+    assert finding.update.client == "sum of 2"
+    assert torch.equal(finding.truth, images)  # type: ignore[arg-type]
+
+
+def test_several_steps_are_taken_for_what_they_are(tmp_path: Path, model: Small) -> None:
+    made = torch.Generator().manual_seed(5)
+    images, labels = torch.rand(4, 1, 8, 8, generator=made), torch.tensor([0, 1, 2, 3])
+    steps = [(images[:2], labels[:2]), (images[2:], labels[2:])] * 2
+    told = {"lr": LR, "epochs": 2, "batch_size": 2}
+    folder = record(tmp_path / "t", model, {"7": moved(model, steps)}, {"7": 4}, **told)
+    finding = audit_transcript(folder, MODEL, changes=('attacks=[{name="idlg",steps=20}]',)).found[0]
+    assert finding.training.steps == 4 and finding.training.rule.order == "shuffled"
+    assert finding.verdict != "likely recoverable"
+    assert len(finding.attempts[0].guesses) == 4
+
+
+def test_an_attacker_who_knows_the_defense_tries_its_counters(
+    tmp_path: Path, model: Small, image: tuple[Tensor, Tensor]
+) -> None:
+    half = {n: u * (torch.arange(u.numel()).reshape(u.shape) % 2) for n, u in moved(model, [image]).items()}
+    folder = record(tmp_path / "t", model, {"7": half}, {"7": 1}, lr=LR)
+    secrets = keep(tmp_path / "s", "7", *image)
+    changes = (QUICK, 'defense=[{name="random_masking",rate=0.5}]')
+    naive, adaptive = audit_transcript(folder, MODEL, secrets, changes).found[0].attempts
+    assert (naive.attacker, adaptive.attacker.partition(":")[0]) == ("naive", "adaptive")
+    assert adaptive.metrics["ssim"][0] > 0.9 > naive.metrics["ssim"][0]
+
+
+def test_the_report_says_what_was_found(tmp_path: Path, model: Small, image: tuple[Tensor, Tensor]) -> None:
+    folder = record(tmp_path / "t", model, {"7": moved(model, [image])}, {"7": 1}, lr=LR)
+    findings = audit_transcript(folder, MODEL, keep(tmp_path / "s", "7", *image), (QUICK,))
+    page = write_recorded(findings, tmp_path / "out")
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["kind"] == "transcript"
+    (update,) = report["updates"]
+    assert update["attacks"][0]["leak_rate"] == 1.0 and update["attacks"][0]["explains_update"]
+    assert "1 of 1 private images leaked" in page.read_text()
+    assert "| 1 | 7 | 1 | 1 | likely recoverable | idlg |" in (tmp_path / "out" / "report.md").read_text()
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "out").iterdir()} == {0o600}
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "said"),
+    [
+        (("shapes=[1,8,8]",), UnknownName, "unknown key 'shapes'"),
+        (("lr=-1.0",), ConfigError, "lr"),
+        (("rounds=[9]",), ConfigError, "no recorded update"),
+        (('attacks=[{name="nothing"}]',), UnknownName, "nothing"),
+        (("shape=[1,4,4]",), DataError, "too small"),
+        (("shape=[1,16,16]",), Exception, "does not accept inputs"),
+        (("mean=[0.5,0.5]",), ConfigError, "one number for each channel"),
+        (("images=2",), None, ""),
+    ],
+)
+def test_what_cannot_be_is_said_in_a_sentence(
+    tmp_path: Path, model: Small, image: tuple[Tensor, Tensor], changes: tuple[str, ...], kind: Any, said: str
+) -> None:
+    folder = record(tmp_path / "t", model, {"7": moved(model, [image])}, {"7": 1}, lr=LR)
+    secrets = keep(tmp_path / "s", "7", image[0].repeat(3, 1, 1, 1), image[1].repeat(3))
+    if kind is None:
+        with pytest.raises(DataError, match="say how many there are with --set images=3"):
+            audit_transcript(folder, MODEL, secrets, (*changes, 'attacks=[{name="idlg",steps=2}]'))
+        return
+    with pytest.raises(kind, match=said):
+        audit_transcript(folder, MODEL, None, changes)

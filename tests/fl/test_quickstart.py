@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import importlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional
+
+pytest.importorskip("flwr")
+os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
+
+from quickstart_case import EXAMPLE, quickstart, run
+
+from keyhole import cli
+from keyhole.core import defense as core
+from keyhole.core.registry import DEFENSES
+from keyhole.core.types import Weights
+from keyhole.experiment.transcript import read_secret, read_transcript
+from keyhole.fl import DefenseMod
+from keyhole.fl.mods import round_key
+from keyhole.metrics.image import structural_similarity
+
+ONE = {"images": 1, "batch_size": 1, "local_epochs": 1, "rounds": 1}
+
+
+def keyhole(monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> int:
+    monkeypatch.setattr("sys.argv", ["keyhole", *map(str, arguments)])
+    try:
+        cli.main()
+    except SystemExit as left:
+        return int(left.code or 0)
+    return 0
+
+
+def test_ten_clients_learn_digits(tmp_path: Path) -> None:
+    with quickstart(tmp_path):
+        server = run(tmp_path, 10, rounds=0)
+        arrays: list[Any] = []
+        tested = server.evaluate
+        server.evaluate = lambda turn, weights: (
+            arrays.append(tested(turn, weights)["accuracy"]) or tested(turn, weights)
+        )
+        run(tmp_path, 10)
+    assert len(arrays) == 21
+    assert arrays[0] < 0.2 < 0.95 <= arrays[-1]
+
+
+def test_one_step_on_one_image_gives_it_away_to_whoever_has_transcript_and_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plain app, with its two lines of recording: its ReLU and max pooling do not save it."""
+    with quickstart(tmp_path, "record", "secrets") as folder:
+        run(folder, 2, **ONE)
+        attack = 'attacks=[{name="inverting_gradients",steps=800,restarts=2,tv=0.0}]'
+        rest = ("--model", "quickstart.model:Net", "--out", folder / "out", "--set", attack, "--set", "most=1")
+        assert keyhole(monkeypatch, "audit", "--transcript", folder / "transcript", *rest) == 0
+        from safetensors.torch import load_file
+
+        (found,) = load_file(folder / "out" / "reconstructions.safetensors").values()
+        (update,) = json.loads((folder / "out" / "report.json").read_text())["updates"]
+        secret = read_secret(folder / "secrets", 1, update["client"])
+    assert secret is not None
+    assert float(structural_similarity(found, secret.inputs)) >= 0.9
+    assert update["attacks"][0]["labels"] == secret.labels.tolist()
+    assert update["attacks"][0]["metrics"] == {}, "no secrets were given"
+
+
+def test_the_defended_app_sends_what_the_defense_makes_of_a_step_done_by_hand(tmp_path: Path) -> None:
+    """One step of SGD written out, the defense called with the mod's key, and the rounding of weights in between."""
+    with quickstart(tmp_path, "record", "secrets") as folder:
+        client = importlib.import_module("quickstart.client_app")
+        net = importlib.import_module("quickstart.model").Net()
+        defense = DEFENSES.build("random_masking", rate=0.5)
+        mod = DefenseMod(defense, net, seed=5)
+        plain = client.app
+        from flwr.clientapp import ClientApp
+
+        client.app = ClientApp(mods=[mod])
+        client.app.train()(plain._registered_funcs["train.default"])
+        run(folder, 2, **ONE)
+        found = read_transcript(folder / "transcript", net)
+        secrets = [read_secret(folder / "secrets", 1, one.client) for one in found.updates]
+    for client_number, (one, secret) in enumerate(zip(found.updates, secrets, strict=True)):
+        assert secret is not None
+        sent = one.weights.params
+        net.load_state_dict(sent)
+        net.zero_grad()
+        functional.cross_entropy(net(secret.inputs), secret.labels).backward()
+        trained = {name: torch.add(sent[name], p.grad, alpha=-one.config["lr"]) for name, p in net.named_parameters()}
+        ctx = core.Context(mod.task, Weights(sent, {}), round_key(5, client_number, 1), round=1, client=client_number)
+        defended = defense.on_update({name: sent[name] - trained[name] for name in sent}, ctx)
+        for name, value in one.update.items():
+            # To the last bit, so that whatever attacks it in process or from the transcript finds the same.
+            assert torch.equal(value, sent[name] - (sent[name] - defended[name])), name
+
+
+def test_the_commented_lines_work_as_they_stand(tmp_path: Path) -> None:
+    with quickstart(tmp_path, "record", "defend") as folder:
+        run(folder, 2, **{**ONE, "batch_size": 32, "images": 32})
+        model = importlib.import_module("quickstart.model").Net()
+        found = read_transcript(folder / "transcript", model)
+    assert len(found.updates) == 2 and found.updates[0].examples == 32
+    assert found.updates[0].update["conv1.weight"].std() > 0.002
+    kinds = {"client_app.py": ("defend", 2), "server_app.py": ("record", 2)}
+    for name, (kind, count) in kinds.items():
+        assert (EXAMPLE / "quickstart" / name).read_text().count(f"# {kind}: ") == count
+
+
+def test_wrong_input_is_one_sentence_and_exit_code_2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with quickstart(tmp_path, "record") as folder:
+        run(folder, 2, **ONE)
+        known = ("audit", "--transcript", folder / "transcript", "--model")
+        net = "quickstart.model:Net"
+        weights = folder / "transcript" / "round-0001" / "weights.safetensors"
+        cases: list[tuple[tuple[Any, ...], str]] = [
+            ((*known, net, "--set", "lrr=1"), "unknown key 'lrr'"),
+            ((*known, "quickstart.model:Absent"), "has no 'Absent'"),
+            ((*known, "torch.nn:Identity"), "another model"),
+            ((*known, net, "--secrets", folder / "absent"), "no folder of secrets"),
+            (known[:3], "--transcript goes with --model"),
+            ((*known, net, "--dry-run"), "--transcript goes with --model"),
+            (("audit", "faces", "--model", net), "name a preset"),
+            (("audit",), "name a preset"),
+            (("audit", "--transcript", folder, "--model", net), "is no transcript"),
+        ]
+        for arguments, said in cases:
+            assert keyhole(monkeypatch, *arguments) == 2
+            error = " ".join(capsys.readouterr().err.split())
+            assert said in error and error.startswith("Error: ")
+        weights.write_bytes(weights.read_bytes()[:-10])
+        assert keyhole(monkeypatch, *known, net) == 2
+        assert "cut short" in capsys.readouterr().err
+    assert not (tmp_path / "audits").exists()
+
+
+def test_only_one_folder_imports_flower() -> None:
+    source = EXAMPLE.parents[1] / "src" / "keyhole"
+    using = {p.relative_to(source).parts[0] for p in source.rglob("*.py") if "import flwr" in p.read_text()}
+    using |= {p.relative_to(source).parts[0] for p in source.rglob("*.py") if "from flwr" in p.read_text()}
+    assert using == {"fl"}
