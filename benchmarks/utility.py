@@ -109,11 +109,11 @@ def main() -> None:
             "cpu_seconds": time.process_time() - began,
         }
         figures[words or "none"] = entry
+        if chosen.json:  # after each, as all of them take long
+            chosen.json.write_text(json.dumps(figures, indent=2) + "\n")
         line = "{} {value:.1f} ({low:.1f} to {high:.1f})".format
         parts = [line("accuracy", **entry["accuracy"]), line("change", **entry["change"])]
         print(f"{words or 'none'}: {', '.join(parts)}; seeds {found}; {entry['cpu_seconds']:.0f} s")
-    if chosen.json:
-        chosen.json.write_text(json.dumps(figures, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -498,3 +498,13 @@ def test_over_uneven_local_steps_there_is_one_number_for_an_update(make_setup: A
     (outcome,) = run_group(Group((trial,)), make_setup()).outcomes
     assert outcome.status == "budget", outcome.detail
     assert all(len(values) == 1 for values in outcome.notes.values())
+
+
+def test_in_training_nobody_reads_a_certificate_and_none_is_worked_out(bench: Any) -> None:
+    noted = {}
+    for recorded in (True, False):
+        ctx = Context(bench.task, bench.weights, KEY, recorded=recorded)
+        soteria = DEFENSES.build("soteria", rate=0.4).on_gradient(plain_gradient(bench.task), ctx)
+        noted[recorded] = (soteria(bench.weights, bench.batch(2), KEY), set(ctx.notes))
+    assert noted[True][1] - noted[False][1] == {"certified_mse"}
+    assert all(torch.equal(noted[True][0][name], value) for name, value in noted[False][0].items())

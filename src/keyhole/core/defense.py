@@ -38,6 +38,8 @@ class Context:
     """Kept between the rounds of one client, such as error-feedback residuals."""
     link: str = ""
     """Which place in a chain, so that two of one kind keep two states."""
+    recorded: bool = True
+    """Whether anybody reads the notes; where nobody does, as in training, what is costly need not be worked out."""
     notes: dict[str, list[Tensor]] = field(default_factory=dict)
     hints: dict[str, Tensor] = field(default_factory=dict)
 

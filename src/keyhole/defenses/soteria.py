@@ -128,15 +128,21 @@ class Soteria(Defense):
         lost = torch.where(kept, 0.0, features).square().sum(1)
         ctx.note("representation_energy_removed", lost / features.square().sum(1).clamp(min=1e-30))
         ctx.note("dead_units", (~alive.any(0)).double().mean())
+        if ctx.recorded:
+            ctx.note("certified_mse", self._certified(body(weights), inputs, lost, ctx))
+        return kept
+
+    @staticmethod
+    def _certified(body: Body, inputs: Tensor, lost: Tensor, ctx: Context) -> Tensor:
+        """The least mean squared error of pixels for who reproduces what was sent, (b,); NaN where there is none."""
         bounds = ctx.task.bounds
         pixels = inputs * bounds.std + bounds.mean
         start = normal(fold_in(ctx.key, "soteria"), tuple(inputs.shape), inputs.dtype)
-        stretch = largest_stretch(lambda p: body(weights)(bounds.from_pixels(p)), pixels, start)
+        stretch = largest_stretch(lambda p: body(bounds.from_pixels(p)), pixels, start)
         certified = lost / stretch.square().clamp(min=1e-30) / inputs[0].numel()
         # No picture in [0, 1] is further away than this: to first order none has these features, and nothing is said.
         furthest = torch.maximum(pixels, 1.0 - pixels).square().flatten(1).mean(1)
-        ctx.note("certified_mse", torch.where(certified <= furthest, certified, torch.nan))
-        return kept
+        return torch.where(certified <= furthest, certified, torch.nan)
 
     def counters(self) -> tuple[Counter, ...]:
         """Leaving the defended tensor out; masking the simulated one like the observed one."""

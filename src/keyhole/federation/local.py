@@ -302,7 +302,7 @@ def _clipped(gradient: Tensors, clip: float | None, count: int) -> Tensors:
 
 def _context(round_ctx: Context, own: Key, state: State, *, client: int = 0, step: int = 0) -> Context:
     """A client's context in a round; notes and hints go nowhere."""
-    return replace(round_ctx, key=own, state=dict(state), client=client, step=step, notes={}, hints={})
+    return replace(round_ctx, key=own, state=dict(state), client=client, step=step, recorded=False, notes={}, hints={})
 
 
 def _defend_images(

@@ -100,6 +100,7 @@ class DefenseMod:
             round=number,
             client=client,
             state=state,
+            recorded=False,
         )
         update = {name: received[name] - returned[name] for name in sent}
         defended = self.defense.on_update(dict(update), ctx)

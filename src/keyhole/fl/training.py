@@ -79,6 +79,7 @@ def defended_training(
         client=client,
         public=public,
         state=state,
+        recorded=False,
     )
     targets = nn.functional.one_hot(labels, classes).to(inputs.dtype)
     batch = defense.on_batch(Batch(inputs, targets, torch.full_like(targets[:, 0], 1.0 / len(inputs))), ctx)
