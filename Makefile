@@ -36,6 +36,8 @@ bench: $(VENV)/.keyhole-all
 
 claims: $(VENV)/.keyhole-dev
 	$(BIN)/python tests/claims/measure.py
+	$(BIN)/python tests/claims/cells.py --claims
+	$(BIN)/python docs/generate.py
 
 docs: $(VENV)/.keyhole-dev
 	$(BIN)/python docs/generate.py

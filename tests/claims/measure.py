@@ -75,7 +75,12 @@ def measure_report(how: dict[str, Any], report: Report, folder: Path) -> tuple[f
     if how["kind"] == "comparison":
         return number(pick(report["comparisons"], how)[how["value"]])
     if how["kind"] == "change":  # of one attack's mean to that of the one it is compared with, in percent
-        new, old = pick(report["comparisons"], how)[how["value"]]
+        # A report compares the earlier of two attacks with the later one; a card may ask for the other way round.
+        names = {(one["attack"], one["against"]) for one in report["comparisons"]}
+        turned = (how["attack"], how["against"]) not in names
+        asked = {**how, "attack": how["against"], "against": how["attack"]} if turned else how
+        sides = pick(report["comparisons"], asked)[how["value"]]
+        new, old = reversed(sides) if turned else sides
         return 100.0 * (new / old - 1.0), None
     if how["kind"] == "difference":  # of the best of some rows to the best of others
         best, other = (

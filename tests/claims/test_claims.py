@@ -118,3 +118,12 @@ def test_a_bar_on_an_interval_asks_for_its_lower_end(measure: Any) -> None:
     assert measure.is_met(card) is False
     assert measure.is_met({**card, "interval": [0.01, 0.2]}) is True
     assert measure.is_met({**card, "interval": None}) is False
+
+
+def test_a_change_may_be_asked_for_either_way_round(measure: Any, tmp_path: Path) -> None:
+    test = {"attack": "a", "against": "b", "spent": [30.0, 40.0]}
+    report = {"rows": [], "comparisons": [test]}
+    how = {"kind": "change", "value": "spent"}
+    assert measure.measure_report({**how, "attack": "a", "against": "b"}, report, tmp_path)[0] == pytest.approx(-25)
+    found = measure.measure_report({**how, "attack": "b", "against": "a"}, report, tmp_path)[0]
+    assert found == pytest.approx(100 * (40 / 30 - 1))
