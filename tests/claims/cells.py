@@ -131,7 +131,7 @@ def keep_accuracy(figures: dict[str, Any]) -> None:
     """Add test accuracies, in [0, 1], to those that are kept."""
     kept = json.loads(ACCURACY.read_text()) if ACCURACY.exists() else {}
     for words, entry in figures.items():
-        kept[named(words)] = {end: entry["accuracy"][end] / 100 for end in ("value", "low", "high")}
+        kept[named(words)] = {end: min(1.0, max(0.0, entry["accuracy"][end] / 100)) for end in ("value", "low", "high")}
     ACCURACY.write_text(json.dumps(dict(sorted(kept.items())), indent=1) + "\n")
 
 
