@@ -25,7 +25,7 @@ KEPT = HERE / "measured" / "cells.json"
 ACCURACY = HERE / "measured" / "utility.json"
 CLAIMS = HERE.parent.parent / "audits" / "claims"
 
-AUDITS = ("masking", "masking_weak.toml", "dp_sgd", "soteria", "obscuring", "concealing")
+AUDITS = ("masking", "masking_weak.toml", "dp_sgd", "soteria", "obscuring", "concealing", "concealing_inserted.toml")
 """Audits whose cells are kept, in the order of the page."""
 
 TRAINED = (
