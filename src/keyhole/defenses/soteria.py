@@ -256,7 +256,20 @@ def _double(tensor: Tensor) -> Tensor:
     return tensor.double() if tensor.is_floating_point() else tensor
 
 
-class DropLayer(Counter):
+class OfLayer(Counter):
+    """A counter that knows which layer is defended."""
+
+    truth_loss = "zero"
+
+    def __init__(self, layer: str) -> None:
+        self.layer = layer
+
+    def truth_stays(self, rounds: int, series: int, steps: int = 1) -> bool:
+        """For one gradient: each of several may be pruned otherwise, and later ones start from pruned weights."""
+        return steps == 1
+
+
+class DropLayer(OfLayer):
     """Compares everything but the defended tensor.
 
     Source: Balunovic, Dimitrov, Staab and Vechev, "Bayesian Framework for Gradient Leakage", ICLR 2022,
@@ -264,14 +277,6 @@ class DropLayer(Counter):
     """
 
     name = "drop_layer"
-    truth_loss = "zero"
-
-    def __init__(self, layer: str) -> None:
-        self.layer = layer
-
-    def truth_stays(self, rounds: int, series: int, steps: int = 1) -> bool:
-        """For one gradient: later steps start from a head that was pruned, which this attacker does not simulate."""
-        return steps == 1
 
     def facts(self, task: Task, seen: tuple[Observation, ...]) -> Tensors:
         """0 for the defended tensor and 1 for the others, by name."""
@@ -283,7 +288,7 @@ class DropLayer(Counter):
         return tuple(map_tensors(lambda value, keep: value * keep, side, facts) for side in (simulated, observed))  # type: ignore[return-value]
 
 
-class MaskColumns(Counter):
+class MaskColumns(OfLayer):
     """Prunes the simulated gradient as the client did: the columns that are zero in what was seen.
 
     Columns of dead units are masked too, which costs nothing. Over several local steps only columns that were pruned in
@@ -294,14 +299,6 @@ class MaskColumns(Counter):
     """
 
     name = "mask_columns"
-    truth_loss = "zero"
-
-    def __init__(self, layer: str) -> None:
-        self.layer = layer
-
-    def truth_stays(self, rounds: int, series: int, steps: int = 1) -> bool:
-        """For one gradient: of several, each step may have pruned other columns."""
-        return steps == 1
 
     def facts(self, task: Task, seen: tuple[Observation, ...]) -> Tensors:
         """Which columns of the defended tensor were sent, (d,), by the tensor's name."""
