@@ -121,7 +121,7 @@ def look(experiment: Experiment, setup: Setup, attacks: list[Attack]) -> Facts:
         kinks=kinks,
         depth=depth,
         precision=precision,
-        pinned=_pinned(send, task.bounds.to_pixels(batch.inputs), precision) if small else None,
+        pinned=estimate_pinned(send, task.bounds.to_pixels(batch.inputs), precision) if small else None,
         reads_image=reads_image(task, weights, batch.inputs),
         norms=bool(task.norms),
         drops=bool(task.drops),
@@ -245,7 +245,8 @@ def _cosine(a: Tensors, b: Tensors) -> float:
     return float(dot(a, b) / (safe_norm(a) * safe_norm(b)).clamp(min=1e-30))
 
 
-def _pinned(send: Callable[[Tensor], Tensor], pixels: Tensor, precision: float) -> float | None:
+def estimate_pinned(send: Callable[[Tensor], Tensor], pixels: Tensor, precision: float) -> float | None:
+    """Share of directions in image space that an update pins down; `None` where it cannot be worked out."""
     try:
         return pinned_share(send, pixels, precision, ERROR)
     except (RuntimeError, NotImplementedError):  # some operation has no second derivative, or memory is short

@@ -26,10 +26,17 @@ from keyhole.core.types import Observation, Tensors
 from keyhole.errors import ConfigError, DataError, Refused, UnknownName
 from keyhole.experiment.controls import noise_update
 from keyhole.experiment.feasibility import MANY, Reason, Verdict, about_update, conclude
-from keyhole.experiment.jacobian import pinned_share
 from keyhole.experiment.options import method, sentence
 from keyhole.experiment.overrides import override
-from keyhole.experiment.probe import ERROR, MOST_WORK, Facts, dead_units, linear_ranks, operations, precision_of
+from keyhole.experiment.probe import (
+    MOST_WORK,
+    Facts,
+    dead_units,
+    estimate_pinned,
+    linear_ranks,
+    operations,
+    precision_of,
+)
 from keyhole.experiment.probe import reads_image as reads_it
 from keyhole.experiment.run import START_JITTER
 from keyhole.experiment.setup import SMALLEST
@@ -339,10 +346,7 @@ def _reasons(task: Task, one: Recorded, training: Training, attacks: list[Attack
 
             return flatten(torch.func.grad(loss)(params))
 
-        try:
-            pinned = pinned_share(send, task.bounds.to_pixels(batch), precision, ERROR)
-        except (RuntimeError, NotImplementedError):  # some operation has no second derivative, or memory is short
-            pinned = None
+        pinned = estimate_pinned(send, task.bounds.to_pixels(batch), precision)
     facts = Facts(
         images=training.images,
         unknowns=batch.numel(),

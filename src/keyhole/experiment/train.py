@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -35,6 +34,7 @@ from keyhole.experiment.setup import TRAIN_IMAGES, find_device
 from keyhole.experiment.store import Store
 from keyhole.experiment.training import Told, silent
 from keyhole.experiment.training_plan import TrainingPlan
+from keyhole.federation.cache import write_whole
 from keyhole.federation.local import State
 from keyhole.federation.states import AfterRound, accuracy, rounds
 from keyhole.federation.strategies import FedAvg, Memory, Noised
@@ -325,15 +325,9 @@ def _write(path: Path, tensors: Tensors, metadata: dict[str, str]) -> None:
     from safetensors.torch import save
 
     data = save({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, metadata=metadata)
-    partial = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        write_whole(path, data)
     except OSError as error:
         raise StoreError(f"cannot write to the output folder '{path.parent}': {error.strerror}.") from error
 

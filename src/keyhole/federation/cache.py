@@ -181,17 +181,21 @@ def _save(path: Path, weights: Weights, losses: list[float], right: float | None
         for name, tensor in tensors.items()
     }
     account = json.dumps({"losses": losses, "accuracy": right, "digest": _digest(weights)})
-    data = save(named, metadata={_ACCOUNT: account})
-    partial = path.with_suffix(".partial")
     try:
-        handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        write_whole(path, save(named, metadata={_ACCOUNT: account}))
     except OSError as error:
         raise _unusable(path.parent, error) from error
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file readable by the owner alone, all of it or nothing; raises `OSError`."""
+    partial = path.with_suffix(".partial")
+    handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(handle, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
 
 
 def _load(path: Path, like: Weights, count: int) -> tuple[Weights, list[float], float | None] | None:
