@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from keyhole.core.keys import new_key, uniform
 from keyhole.core.registry import LABELS, MODELS
 from keyhole.core.task import Bounds, Task, weights_of
+from keyhole.core.told import Told, silent
 from keyhole.core.trial import Trial
 from keyhole.core.types import Weights
 from keyhole.errors import ConfigError, DataError
 from keyhole.experiment.prior import best_guess
 from keyhole.experiment.spec import Experiment
-from keyhole.experiment.training import Told, silent, train_states
+from keyhole.experiment.training import train_states
 from keyhole.zoo.datasets import Data, Pool, load_data
 from keyhole.zoo.models import build_model, load_state
 

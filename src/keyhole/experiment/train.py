@@ -24,6 +24,7 @@ from keyhole.core.keys import fold_in, new_key
 from keyhole.core.registry import MODELS
 from keyhole.core.task import Bounds, Task, weights_of
 from keyhole.core.tensors import map_tensors, squared_norm
+from keyhole.core.told import Told, silent
 from keyhole.core.trial import Spec
 from keyhole.core.types import Batch, Tensors, Weights
 from keyhole.defenses.dp_sgd import DPSGD
@@ -32,12 +33,11 @@ from keyhole.errors import ConfigError, DataError, ModelError, StoreError, cause
 from keyhole.experiment.plan import build_defense
 from keyhole.experiment.setup import TRAIN_IMAGES, find_device
 from keyhole.experiment.store import Store
-from keyhole.experiment.training import Told, silent
 from keyhole.experiment.training_plan import TrainingPlan
-from keyhole.federation.cache import write_whole
 from keyhole.federation.local import State
 from keyhole.federation.states import AfterRound, accuracy, rounds
 from keyhole.federation.strategies import FedAvg, Memory, Noised
+from keyhole.solve.files import tensors_as_bytes, write_whole
 from keyhole.solve.threads import one_thread
 from keyhole.zoo.datasets import Data, load_data
 from keyhole.zoo.models import build_model
@@ -322,9 +322,7 @@ def _keep(run: Trained, model: nn.Module, weights: Weights, memory: Memory, stat
 
 
 def _write(path: Path, tensors: Tensors, metadata: dict[str, str]) -> None:
-    from safetensors.torch import save
-
-    data = save({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, metadata=metadata)
+    data = tensors_as_bytes(tensors, metadata)
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         write_whole(path, data)
