@@ -110,7 +110,7 @@ def train(plan: TrainingPlan, folder: Path, *, device: str = "cpu", told: Told =
     """
     where = find_device(device)
     # Before the folder is claimed: bad input must leave nothing behind.
-    problem = _Problem(plan, where)
+    problem = Problem(plan, where)
     done = []
     with Store(folder) as store, one_thread(where):
         store.claim_config(plan.to_toml())
@@ -120,7 +120,7 @@ def train(plan: TrainingPlan, folder: Path, *, device: str = "cpu", told: Told =
     return done
 
 
-class _Problem:
+class Problem:
     """What all trainings of a plan share: images, and how networks are made."""
 
     def __init__(self, plan: TrainingPlan, device: torch.device) -> None:
@@ -185,9 +185,7 @@ class _Problem:
     def train(self, run: Trained, told: Told) -> Trained:
         """One training, from where it stopped."""
         model = self._model(run.seed)
-        plain = Task.of(
-            model, self.data.image_shape, self.data.num_classes, self.bounds, batchnorm="train_shared", dropout="active"
-        ).to(self.device)
+        plain = self._plain(model)
         bare_start = Weights(*(map_tensors(lambda t: t.to(self.device), part) for part in weights_of(model)))
         defense = build_defense(run.defense) if run.defense else None
         task = plain if defense is None else defense.on_task(plain)
@@ -218,6 +216,20 @@ class _Problem:
             before = after.weights
             told(what, after.number / self.federation.rounds)
         return run
+
+    def task(self, specs: tuple[Spec, ...]) -> Task:
+        """What clients under these defenses train."""
+        plain = self._plain(self._model(0))
+        return build_defense(specs).on_task(plain) if specs else plain
+
+    def fresh(self, specs: tuple[Spec, ...], seed: int) -> Weights:
+        """The weights that a training begins with."""
+        return fit_weights(self.task(specs), weights_of(self._model(seed)))
+
+    def _plain(self, model: nn.Module) -> Task:
+        return Task.of(
+            model, self.data.image_shape, self.data.num_classes, self.bounds, batchnorm="train_shared", dropout="active"
+        ).to(self.device)
 
     def _server(self, specs: tuple[Spec, ...], key: Tensor) -> FedAvg:
         """The strategy, and the noise that a defense leaves to the server."""
