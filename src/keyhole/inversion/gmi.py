@@ -114,7 +114,7 @@ class GMI(Inversion):
         images, labels = flat(made)
         realism = -prior.discriminator(images).sum()
         identity = identity_loss(self.identity, target, facts, images, labels, self.views, fold_in(key, "views"))
-        return realism + self.weight * identity + self._dependence()(made)
+        return realism + self.weight * identity + len(images) * self._dependence()(made)
 
     def project(self, candidate: Candidate) -> Candidate:
         """Latent vectors clamped to [-1, 1], as in the authors' code."""

@@ -21,10 +21,10 @@ _EACH = 4
 
 @dataclass(frozen=True)
 class Dependence:
-    """``weight * nHSIC(A, B)``, added to what a search minimises; rows of A and B are paired by their place.
+    """``weight * nHSIC(A, B)``, added to the mean loss of an image; rows of A and B are paired by their place.
 
     With ``halves`` A is the first half of all images and B the second, class after class, so that most pairs are of two
-    classes; an odd last image is left out. With ``within_class`` it is the sum over classes of that of the class's own
+    classes; an odd last image is left out. With ``within_class`` it is the mean over classes of that of the class's own
     halves.
 
     The value grows with the distance between images until it saturates at ``m - 1`` for m pairs. Minimising it with a
@@ -73,7 +73,7 @@ class Dependence:
             )
 
     def __call__(self, images: Tensor) -> Tensor:
-        """The term.
+        """The term, as it joins a mean over images; a sum over them takes it so many times.
 
         Args:
             images: (m, k, c, h, w), m of each class.
@@ -93,7 +93,7 @@ def _halves(images: Tensor, sigma: float) -> Tensor:
 def _within_class(images: Tensor, sigma: float) -> Tensor:
     half = images.shape[0] // 2
     kernel = gaussian(sigma)
-    return torch.func.vmap(lambda own: nhsic(own[:half], own[half : 2 * half], kernel, kernel), in_dims=1)(images).sum()
+    return torch.func.vmap(lambda own: nhsic(own[:half], own[half : 2 * half], kernel, kernel), in_dims=1)(images).mean()
 
 
 _GROUPED: dict[str, Callable[[Tensor, float], Tensor]] = {"halves": _halves, "within_class": _within_class}

@@ -125,7 +125,7 @@ class KEDMI(Inversion):
         images, labels = flat(made)
         realism = surprise_of_real(prior.discriminator(images)) * target.classes
         identity = identity_loss(self.identity, target, facts, images, labels, self.views, fold_in(key, "views"))
-        return realism + self.weight * identity + self._dependence()(made)
+        return realism + self.weight * identity + len(images) * self._dependence()(made)
 
     def images(self, prior: GAN, candidate: Candidate, count: int, key: Key) -> Tensor:
         """G of draws from each class's Gaussian, (count, k, c, h, w)."""
