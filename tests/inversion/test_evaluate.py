@@ -39,7 +39,7 @@ def test_few_images_are_compared_on_principal_components_of_the_real_ones():
     real = torch.cat([gaussian(12, 2, 3, 5.0), 1e-9 * gaussian(12, 6, 4)], 1)
     made = real.clone()
     made[:, -1] += 100.0
-    assert components(12) == 2
+    assert components(12, 8) == 2 and components(40, 8) == 0 and components(1000, 500) == 64
     assert frechet(real, made) == pytest.approx(0.0, abs=1e-6)
     assert math.isnan(frechet(real[:1], made))
 

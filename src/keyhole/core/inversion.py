@@ -77,6 +77,10 @@ class Inversion(ABC):
     per_target: bool = False
     """Whether what `prepare` trains depends on the target network."""
 
+    def check(self, public: Tensor) -> None:
+        """Refuse public images that `prepare` could not use, before anything is trained; nothing by default."""
+        return
+
     @abstractmethod
     def prepare(self, target: Target, public: Tensor, key: Key, place: Place, before: Any = None) -> Any:
         """Train what the attack needs, or find it in the cache.

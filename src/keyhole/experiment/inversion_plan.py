@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
 import keyhole.inversion  # noqa: F401  (the import fills the registry)
-from keyhole.core.registry import INVERSIONS, MODELS
+from keyhole.core.registry import ATTACKS, INVERSIONS, MODELS
 from keyhole.core.trial import Spec
 from keyhole.errors import ConfigError, UnknownName
 from keyhole.experiment.options import method
@@ -56,7 +58,18 @@ class InvertSection(_Section):
     seed: int = 0
     """The attackers' randomness."""
     weights: str | None = None
-    """A safetensors file to attack instead of training; ``{seed}`` and ``{round}`` stand for seed and round."""
+    """A safetensors file to attack instead of training; ``{seed}`` and ``{round}`` stand for seed and round, and
+    ``{round:03}`` for the round in three digits."""
+
+    def file(self, seed: int, number: int) -> Path:
+        """The file of `weights` for a seed and a round."""
+        try:
+            return Path(str(self.weights).format(seed=seed, round=number))
+        except (LookupError, ValueError, AttributeError) as error:
+            raise ConfigError(
+                f"invert.weights is '{self.weights}'; only {{seed}} and {{round}} may stand in braces, and "
+                "{round:03} for three digits."
+            ) from error
 
 
 class Inverting(BaseModel):
@@ -84,14 +97,17 @@ def _known(options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def read_inverting(raw: dict[str, Any], data: DataSection, model: ModelSection, last: int) -> Inverting:
+def read_inverting(
+    raw: dict[str, Any], data: DataSection, model: ModelSection, last: int | None, seeds: Sequence[int]
+) -> Inverting:
     """Resolve ``[invert]``.
 
     Args:
         raw: the table as read from TOML.
         data: the file's ``[data]``.
         model: its ``[model]``.
-        last: the number of the last round.
+        last: the number of the last round; `None` where the networks come from files and nothing tells.
+        seeds: of the target networks.
 
     Raises:
         ConfigError: in one sentence, what is wrong.
@@ -113,6 +129,12 @@ def read_inverting(raw: dict[str, Any], data: DataSection, model: ModelSection, 
     entries = read_tables(raw, "attacks")
     if not entries:
         raise ConfigError('[invert] names no attack; add [[invert.attacks]] with name = "gmi".')
+    for entry in entries:
+        if entry.get("name") in ATTACKS:
+            raise ConfigError(
+                f"[[invert.attacks]] names '{entry['name']}', which attacks updates: it belongs to [[attacks]] of "
+                f"keyhole audit. Accepted: {', '.join(sorted(card.name for card in INVERSIONS))}."
+            )
     attacks = tuple(method(INVERSIONS, e, f"[[invert.attacks]] number {i}") for i, e in enumerate(entries, 1))
     if len(set(attacks)) < len(attacks):
         raise ConfigError("[[invert.attacks]] names one attack twice with the same options.")
@@ -126,13 +148,28 @@ def read_inverting(raw: dict[str, Any], data: DataSection, model: ModelSection, 
             "private."
         )
     _check_overlap(public, data)
-    rounds = [last] if settings.rounds is None else settings.rounds
-    if not rounds or sorted(set(rounds)) != rounds or not 0 <= rounds[0] <= rounds[-1] <= last:
-        raise ConfigError(
-            f"invert.rounds is {rounds!r}; it must be a rising list of rounds from 0 (untrained) to {last} "
-            "(federation.rounds)."
-        )
+    rounds = _rounds(settings, last)
+    if settings.weights is not None:
+        files = [settings.file(seed, number) for seed in seeds for number in rounds]
+        if len(set(files)) < len(files):
+            raise ConfigError(
+                f"invert.weights is '{settings.weights}', the same file for several seeds or rounds, so that one "
+                "network would count as several; write {seed} and {round} into it."
+            )
     return Inverting(settings=settings, rounds=tuple(rounds), public=public, evaluator=evaluator, attacks=attacks)
+
+
+def _rounds(settings: InvertSection, last: int | None) -> list[int]:
+    if settings.rounds is not None:
+        rounds = settings.rounds
+    elif last is not None:
+        rounds = [last]
+    else:
+        raise ConfigError("invert.weights does not tell after which round a network is; say so with invert.rounds.")
+    if not rounds or sorted(set(rounds)) != rounds or rounds[0] < 0 or (last is not None and rounds[-1] > last):
+        upto = "" if last is None else f" to {last} (federation.rounds)"
+        raise ConfigError(f"invert.rounds is {rounds!r}; it must be a rising list of rounds from 0 (untrained){upto}.")
+    return rounds
 
 
 def _check_overlap(public: tuple[PublicSection, ...], data: DataSection) -> None:

@@ -27,7 +27,7 @@ from keyhole.core.told import Told, silent
 from keyhole.core.trial import Spec
 from keyhole.core.types import Key, Weights
 from keyhole.errors import ConfigError, DataError, KeyholeError, StoreError, cause
-from keyhole.experiment.inversion_plan import Inverting
+from keyhole.experiment.inversion_plan import Inverting, PublicSection
 from keyhole.experiment.setup import find_device
 from keyhole.experiment.store import Store
 from keyhole.experiment.train import Problem, Trained, folder_of, train
@@ -35,8 +35,8 @@ from keyhole.experiment.training_plan import TrainingPlan
 from keyhole.federation.cache import trained_state
 from keyhole.federation.norms import evaluating
 from keyhole.federation.states import Federation, accuracy
-from keyhole.inversion.evaluate import Evaluator, Scores, score, score_as_others
-from keyhole.solve.files import write_whole
+from keyhole.inversion.evaluate import Evaluator, Scores, components, score, score_as_others
+from keyhole.solve.files import digest, write_whole
 from keyhole.solve.invert import Inverted, invert
 from keyhole.solve.threads import one_thread
 from keyhole.zoo.datasets import Pool, load_pool
@@ -47,11 +47,13 @@ ATTACK = "attack"
 CONTROLS = ("control:untrained", "control:random_labels", "control:prior_samples", "control:other_round",
             "control:private_images")  # fmt: skip
 """What an attack is held against: the same attack on a network that learned nothing; the images taken for another
-private class; what the generator makes of noise; what the same attack makes of another round's network; and, as a
-ceiling rather than a floor, private images that were held out."""
+private class; what the generator makes of noise; what the same attack makes of another round's network, shown to this
+round's; and, as a ceiling rather than a floor, private images that were held out."""
+
+FOLDER = "inversions"
+UNTRAINED = "untrained"
 
 _ACCOUNT = "account"
-FOLDER = "inversions"
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,8 @@ class Row:
     prior_seconds: float = math.nan
     """What the prior took to train, when it was trained."""
     searches: int = 0
+    images: int = 0
+    """How many were scored."""
     detail: str = ""
 
 
@@ -91,6 +95,10 @@ class Inversions:
     evaluator_classes: int
     public: int
     """Number of public images."""
+    classes: int
+    """Number of private classes."""
+    components: int
+    """Principal components behind the Frechet distances of attacks; 0 where features themselves are."""
     pictures: dict[tuple[int, int, int, Spec, str], Tensor]
     """Images (k, n, c, h, w) by defense, seed, round, attack and attacker."""
     private: Tensor | None
@@ -112,15 +120,14 @@ def invert_rounds(plan: TrainingPlan, folder: Path, *, device: str = "cpu", told
     if plan.invert is None:
         raise ConfigError("this file has no [invert] section; add one with [[invert.public]] and [[invert.attacks]].")
     where = find_device(device)
-    # Before the folder is claimed: bad input must leave nothing behind.
+    # Before the folder is claimed: bad input must leave nothing behind, and cost no training.
     problem = Problem(plan, where)
-    public = public_images(plan, problem.data.image_shape)
-    trained: list[Trained] = []
+    study = _Study(plan, plan.invert, problem, public_images(plan, problem.data.image_shape), folder, where, told)
+    study.check()
     if plan.invert.settings.weights is None:
-        trained = train(plan, folder, device=device, told=told)
+        study.trained = train(plan, folder, device=device, told=told)
     with Store(folder) as store, one_thread(where):
         store.claim_config(plan.to_toml())
-        study = _Study(plan, plan.invert, problem, public, trained, folder, where, told)
         study.attack()
         return study.judged()
 
@@ -152,14 +159,34 @@ class _Study:
     """The cells of a plan. `attack` reads networks and public images; only `judged` reads private ones."""
 
     def __init__(
-        self, plan: TrainingPlan, inverting: Inverting, problem: Problem, public: list[Pool], trained: list[Trained],
-        folder: Path, device: torch.device, told: Told,
+        self, plan: TrainingPlan, inverting: Inverting, problem: Problem, public: list[Pool], folder: Path,
+        device: torch.device, told: Told,
     ) -> None:  # fmt: skip
-        self.plan, self.inverting, self.problem, self.trained = plan, inverting, problem, trained
+        self.plan, self.inverting, self.problem = plan, inverting, problem
         self.folder, self.device, self.told = folder, device, told
+        self.trained: list[Trained] = []
         self.pools = public
         self.public = torch.cat([pool.images for pool in public]).to(device)
         self.tasks = [self._task(index) for index in range(len(plan.defenses))]
+
+    def check(self) -> None:
+        """Find what would fail later: attacks, the evaluator, weights from files, too few private images."""
+        for spec in self.inverting.attacks:
+            try:
+                INVERSIONS.build(spec.name, **spec.asdict()).check(self.public)
+            except KeyholeError as error:
+                raise type(error)(f"[[invert.attacks]] '{spec.name}': {error}") from error
+        self._judge(self.problem.data.num_classes + len(self._known_classes()))
+        missing = set(range(self.problem.data.num_classes)) - set(self.problem.labels.tolist())
+        if missing:
+            raise DataError(
+                f"the clients' {len(self.problem.labels)} images show none of class {min(missing)}, counted from 0, to "
+                "compare with; raise data.train or data.target."
+            )
+        if self.inverting.settings.weights is not None:
+            for seed in self.plan.run.seeds:
+                for number in self.inverting.rounds:
+                    self.target(0, seed, number)
 
     def _task(self, index: int) -> Task:
         """The architecture as clients under a defense train it, evaluating."""
@@ -168,11 +195,10 @@ class _Study:
     def target(self, index: int, seed: int, number: int) -> Target:
         """The global network of a round; nothing else of the federation comes with it."""
         task = self.tasks[index]
-        given = self.inverting.settings.weights
-        if given is None:
+        if self.inverting.settings.weights is None:
             path = folder_of(self.plan, self.folder, index, seed) / f"round-{number:03d}.safetensors"
         else:
-            path = Path(given.replace("{seed}", str(seed)).replace("{round}", str(number)))
+            path = self.inverting.settings.file(seed, number)
         model = copy.deepcopy(task.model)
         load_state(model, path)
         return Target(task, _to(weights_of(model), self.device))
@@ -206,25 +232,28 @@ class _Study:
             key = fold_in(fold_in(new_key(self.inverting.settings.seed), "inversion"), spec.name)
             rounds: list[int | str] = list(self.inverting.rounds)
             if self.inverting.settings.controls:
-                rounds.append("untrained")
-            missing = [number for number in rounds if not _readable(self.file(index, seed, number, spec))]
+                rounds.append(UNTRAINED)
+            targets = {
+                number: self.target(index, seed, number) if isinstance(number, int) else self.untrained(index, seed)
+                for number in rounds
+            }
+            files = {number: self.file(index, seed, number, spec) for number in rounds}
+            missing = [number for number in rounds if not _made(files[number], targets[number])]
             before = None
             for number in rounds:
                 if number not in missing and not (method.per_target and missing):
                     continue
-                untrained = number == "untrained"
-                target = self.untrained(index, seed) if untrained else self.target(index, seed, int(number))
-                at = "untrained" if untrained else f"round {number}"
+                untrained = number == UNTRAINED
+                at = UNTRAINED if untrained else f"round {number}"
                 what = f"{spec.name} on {_name(self.plan, index)}, seed {seed}, {at}"
                 # What it trains for this target may go on from the round before; an untrained network has none.
                 before = self._cell(
-                    method, spec, target, key, self.file(index, seed, number, spec), what, seed,
-                    None if untrained else before, make=number in missing,
+                    method, targets[number], key, files[number], what, seed, None if untrained else before,
+                    make=number in missing,
                 )  # fmt: skip
 
     def _cell(
-        self, method: Inversion, spec: Spec, target: Target, key: Key, path: Path, what: str, seed: int, before: Any,
-        *, make: bool,
+        self, method: Inversion, target: Target, key: Key, path: Path, what: str, seed: int, before: Any, *, make: bool
     ) -> Any:  # fmt: skip
         """One cell; returns what the attack prepared."""
 
@@ -241,9 +270,10 @@ class _Study:
                 [fold_in(fold_in(key, "searches"), seed)], told=lambda fraction: self.told(what, fraction),
             )[0]  # fmt: skip
         except KeyholeError as error:
-            _write(path, {"failed": torch.zeros(1)}, {"detail": str(error)})
+            _write(path, {"failed": torch.zeros(1)}, {"detail": str(error), "target": _digest(target)})
             return prior
-        samples = _prior_samples(prior, target.classes, self.inverting.settings.samples, fold_in(key, seed))
+        own = fold_in(key, seed).to(self.device)
+        samples = _prior_samples(prior, target.classes, self.inverting.settings.samples, own)
         _write(path, {"images": found.images, "prior_samples": samples}, _account(found, target, prior))
         return prior
 
@@ -260,10 +290,10 @@ class _Study:
         }
         rows: list[Row] = []
         pictures: dict[tuple[int, int, int, Spec, str], Tensor] = {}
-        held = _by_class(*self._held_out(), self.problem.data.num_classes)
+        # As many as of an attack, since a Frechet distance depends on how many there are.
+        held = _by_class(*self._held_out(), self.problem.data.num_classes, self.inverting.settings.samples)
         ceiling = None if held is None else score(evaluator, held)
         for index, seed, spec in self.cells():
-            by_round: dict[int, Tensor] = {}
             own: list[Row] = []
             for number in self.inverting.rounds:
                 tensors, account = _read(self.file(index, seed, number, spec))
@@ -272,88 +302,113 @@ class _Study:
                 if "images" not in tensors:
                     own.append(base)
                     continue
-                images = by_round[number] = tensors["images"].to(self.device)
+                images = tensors["images"].to(self.device)
                 facts = {name: account[name] for name in ("target_accuracy", "seconds", "prior_seconds", "searches")}
+                base = replace(base, images=images.shape[0] * images.shape[1])
                 own.append(replace(base, scores=score(evaluator, images), **facts))
                 pictures[index, seed, number, spec, ATTACK] = images.cpu()
                 if self.inverting.settings.controls:
                     named = {
                         "control:random_labels": score_as_others(evaluator, images),
                         "control:prior_samples": score(evaluator, tensors["prior_samples"].to(self.device)),
-                        "control:private_images": ceiling,
                     }
                     pictures[index, seed, number, spec, "control:prior_samples"] = tensors["prior_samples"]
-                    own += [replace(base, attacker=n, scores=s) for n, s in named.items() if s is not None]
+                    own += [replace(base, attacker=n, scores=s) for n, s in named.items()]
+                    if held is not None:
+                        shown = held.shape[0] * held.shape[1]
+                        own.append(replace(base, attacker="control:private_images", scores=ceiling, images=shown))
             rows += own
             if self.inverting.settings.controls:
-                rows += self._more_controls(index, seed, spec, evaluator, own, pictures)
+                attacked = {row.round: row for row in own if row.attacker == ATTACK}
+                rows += self._untrained_control(index, seed, spec, evaluator, attacked, pictures)
+                rows += self._other_rounds(index, seed, spec, attacked, pictures)
+        made = self.problem.data.num_classes * self.inverting.settings.samples
         private = None
         if self.inverting.settings.images:
             private = _by_class(*self._private(), self.problem.data.num_classes, self.inverting.settings.samples)
         return Inversions(
-            self.plan, rows, self.trained, right, classes, len(self.public), pictures,
+            self.plan, rows, self.trained, right, classes, len(self.public), self.problem.data.num_classes,
+            components(min(made, sum(map(len, evaluator.private))), evaluator.private[0].shape[1]), pictures,
             None if private is None else private.cpu(),
         )  # fmt: skip
 
-    def _more_controls(
-        self, index: int, seed: int, spec: Spec, evaluator: Evaluator, own: list[Row],
+    def _untrained_control(
+        self, index: int, seed: int, spec: Spec, evaluator: Evaluator, attacked: dict[int, Row],
         pictures: dict[tuple[int, int, int, Spec, str], Tensor],
     ) -> list[Row]:  # fmt: skip
-        """The untrained network, and for each round another one."""
-        more = []
-        attacked = {row.round: row for row in own if row.attacker == ATTACK}
-        tensors, account = _read(self.file(index, seed, "untrained", spec))
+        """What the same attack makes of a network that learned nothing, once more for each round."""
+        tensors, account = _read(self.file(index, seed, UNTRAINED, spec))
+        right = self._accuracy(self.untrained(index, seed))
+        one = Row(index, seed, 0, spec, "control:untrained", right, None, detail=account.get("detail", ""))
+        if "images" in tensors:
+            images = tensors["images"]
+            facts = {name: account[name] for name in ("target_accuracy", "seconds", "prior_seconds", "searches")}
+            count = images.shape[0] * images.shape[1]
+            one = replace(one, scores=score(evaluator, images.to(self.device)), images=count, **facts)
+            pictures |= {(index, seed, number, spec, one.attacker): images for number in attacked}
+        return [replace(one, round=number) for number in attacked]
+
+    def _other_rounds(
+        self, index: int, seed: int, spec: Spec, attacked: dict[int, Row],
+        pictures: dict[tuple[int, int, int, Spec, str], Tensor],
+    ) -> list[Row]:  # fmt: skip
+        """For each round the images of the nearest other one: does this round's network like its own images better?"""
+        made = [number for number, row in attacked.items() if row.scores is not None]
+        rows = []
         for number, row in attacked.items():
-            untrained = replace(row, attacker="control:untrained", scores=None, target_accuracy=math.nan,
-                                detail=account.get("detail", ""))  # fmt: skip
-            if "images" in tensors:
-                untrained = replace(untrained, scores=score(evaluator, tensors["images"].to(self.device)))
-                pictures[index, seed, number, spec, "control:untrained"] = tensors["images"]
-            more.append(untrained)
-            others = [other for other in attacked if other != number]
-            if others:
-                nearest = min(others, key=lambda other: (abs(other - number), other))
-                more.append(replace(
-                    row, attacker="control:other_round", scores=attacked[nearest].scores, target_accuracy=math.nan,
-                    detail=f"round {nearest}",
-                ))  # fmt: skip
-        return more
+            others = [other for other in made if other != number]
+            if not others:
+                continue
+            nearest = min(others, key=lambda other: (abs(other - number), other))
+            images = pictures[index, seed, nearest, spec, ATTACK].to(self.device)
+            rows.append(replace(
+                row, attacker="control:other_round", scores=attacked[nearest].scores, images=attacked[nearest].images,
+                target_accuracy=_taken(self.target(index, seed, number), images), seconds=math.nan,
+                prior_seconds=math.nan, searches=0, detail=f"of round {nearest}",
+            ))  # fmt: skip
+        return rows
+
+    def _known_classes(self) -> list[int]:
+        """Public classes of the private data set, which the evaluator tells from the private ones."""
+        sections = zip(self.pools, self.inverting.public, strict=True)
+        return sorted({c for pool, one in sections if self._same_set(one) for c in pool.labels.tolist()})
+
+    def _same_set(self, section: PublicSection) -> bool:
+        return section.name in (None, self.plan.data.name)
+
+    def _judge(self, count: int) -> tuple[Task, Weights]:
+        """The evaluator before its training, for so many classes."""
+        section, shape = self.inverting.evaluator, self.problem.data.image_shape
+        model = build_model(
+            section.name, input_shape=shape, num_classes=count, options=section.model.options, seed=section.seed
+        )
+        flat = Bounds.of((0.0,) * shape[0], (1.0,) * shape[0]).to(self.device)
+        task = Task.of(model, shape, count, flat, batchnorm="train_shared", dropout="active").to(self.device)
+        return task, _to(weights_of(model), self.device)
 
     def _evaluator(self) -> tuple[Evaluator, float, int]:
         """The evaluator, its accuracy on held-out private images, and how many classes it tells apart.
 
         It learns the private training images, and public ones of the same data set, whose classes are not private.
         """
-        section, data = self.inverting.evaluator, self.problem.data
-        images, labels = self._private()
-        count = data.num_classes
-        for pool, source in zip(self.pools, self.inverting.public, strict=True):
-            if source.name in (None, self.plan.data.name):
-                own = torch.tensor(sorted(set(pool.labels.tolist())))
-                images = torch.cat([images, pool.images.to(self.device)])
-                labels = torch.cat([labels, (torch.searchsorted(own, pool.labels) + count).to(self.device)])
-                count += len(own)
-        channels = images.shape[1]
-        model = build_model(
-            section.name, input_shape=tuple(images.shape[1:]), num_classes=count, options=section.model.options,
-            seed=section.seed,
-        )  # fmt: skip
-        flat = Bounds.of((0.0,) * channels, (1.0,) * channels).to(self.device)
-        task = Task.of(model, tuple(images.shape[1:]), count, flat, batchnorm="train_shared", dropout="active").to(
-            self.device
-        )
+        section, classes = self.inverting.evaluator, self.problem.data.num_classes
+        private, own_labels = self._private()
+        known = torch.tensor(self._known_classes(), dtype=torch.int64)
+        same = [p for p, one in zip(self.pools, self.inverting.public, strict=True) if self._same_set(one)]
+        images = torch.cat([private, *(pool.images.to(self.device) for pool in same)])
+        numbers = (torch.searchsorted(known, pool.labels) + classes for pool in same)
+        labels = torch.cat([own_labels, *(number.to(self.device) for number in numbers)])
+        count = classes + len(known)
+        task, start = self._judge(count)
         central = Federation(
             rounds=section.epochs, clients=1, lr=section.lr, batch_size=min(section.batch_size, len(images))
         )
         weights, _ = trained_state(
-            task, _to(weights_of(model), self.device), images, labels, central,
-            fold_in(new_key(section.seed), "evaluator"),
+            task, start, images, labels, central, fold_in(new_key(section.seed), "evaluator"),
             lambda done, todo, loss: self.told(f"evaluator {section.name}", done / todo),
         )  # fmt: skip
-        network = Target(evaluating(task), weights)
         right = accuracy(task, weights, *self._held_out())
-        private, own_labels = self._private()
-        return Evaluator.of(network, range(data.num_classes), private, own_labels), right, count
+        return Evaluator.of(Target(evaluating(task), weights), range(classes), private, own_labels), right, count
 
     def _private(self) -> tuple[Tensor, Tensor]:
         """What clients trained on, as pixels."""
@@ -377,13 +432,24 @@ def _prior_samples(prior: Any, classes: int, count: int, key: Key) -> Tensor:
     return made.reshape(classes, count, *made.shape[1:])
 
 
-def _account(found: Inverted, target: Target, prior: Any) -> dict[str, Any]:
-    classes, each = found.images.shape[:2]
+def _taken(target: Target, images: Tensor) -> float:
+    """Share of images (k, n, c, h, w) that a network takes for the class they were made to show."""
+    classes, each = images.shape[:2]
     with torch.no_grad():
-        guesses = torch.cat([target.logits(part) for part in torch.split(found.images.flatten(0, 1), 256)]).argmax(-1)
+        guesses = torch.cat([target.logits(part) for part in torch.split(images.flatten(0, 1), 256)]).argmax(-1)
     labels = torch.arange(classes, device=guesses.device).repeat_interleave(each)
+    return float((guesses == labels).double().mean())
+
+
+def _digest(target: Target) -> str:
+    """Names the attacked network."""
+    return digest(target.weights.params, target.weights.buffers)
+
+
+def _account(found: Inverted, target: Target, prior: Any) -> dict[str, Any]:
     return {
-        "target_accuracy": float((guesses == labels).double().mean()),
+        "target": _digest(target),
+        "target_accuracy": _taken(target, found.images),
         "seconds": found.seconds,
         "prior_seconds": float(prior.facts.seconds),
         "searches": found.searches,
@@ -425,15 +491,15 @@ def _write(path: Path, tensors: dict[str, Tensor], account: dict[str, Any]) -> N
         raise StoreError(f"cannot write to the output folder '{path.parent}': {error.strerror}.") from error
 
 
-def _readable(path: Path) -> bool:
-    """Whether a cell is done; a damaged file is made again."""
+def _made(path: Path, target: Target) -> bool:
+    """Whether a cell is done; a damaged file, or one of another network's images, is made again."""
     if not path.exists():
         return False
     try:
-        _read(path)
+        _, account = _read(path)
     except StoreError:
         return False
-    return True
+    return bool(account.get("target") == _digest(target))
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -22,7 +22,7 @@ import keyhole.defenses
 import keyhole.metrics
 import keyhole.parts.labels
 import keyhole.zoo  # noqa: F401  (these imports fill the registries)
-from keyhole.core.registry import ATTACKS, BELIEFS, DEFENSES, LABELS, MODELS, RULES
+from keyhole.core.registry import ATTACKS, BELIEFS, DEFENSES, INVERSIONS, LABELS, MODELS, RULES
 from keyhole.core.rule import LocalSGD
 from keyhole.core.trial import Spec
 from keyhole.errors import ConfigError, UnknownName, cause
@@ -67,7 +67,7 @@ def load_study(source: str, overrides: Sequence[str] = ()) -> Study:
         ConfigError: in one sentence, what is wrong, where, and what is accepted.
     """
     if source in presets("training"):
-        raise ConfigError(f"'{source}' is a preset of keyhole train and keyhole frontier, not of this command.")
+        raise ConfigError(f"'{source}' is a preset of keyhole train, frontier and invert, not of this command.")
     return parse_study(*read_source(source, presets(), overrides))
 
 
@@ -286,6 +286,11 @@ def _attack(raw: dict[str, Any], where: str, labels: str | None) -> AttackEntry:
     if not isinstance(tune, dict) or not all(isinstance(v, list) and v for v in tune.values()):
         raise ConfigError(f"{where} tune must be a table of lists, such as tune = {{ tv = [0.0, 1e-4] }}.")
     name = raw.get("name")
+    if name in INVERSIONS:
+        raise ConfigError(
+            f"{where} names '{name}', which attacks the network itself: it belongs to [[invert.attacks]] of keyhole "
+            "invert."
+        )
     if labels is not None and isinstance(name, str) and name in ATTACKS and "labels" in knobs(ATTACKS.card(name)):
         raw = _with_labels(raw, labels, where)
     spec = method(ATTACKS, raw, where)

@@ -111,6 +111,8 @@ def train(plan: TrainingPlan, folder: Path, *, device: str = "cpu", told: Told =
     where = find_device(device)
     # Before the folder is claimed: bad input must leave nothing behind.
     problem = Problem(plan, where)
+    for specs in plan.defenses:
+        problem.task(specs)
     done = []
     with Store(folder) as store, one_thread(where):
         store.claim_config(plan.to_toml())

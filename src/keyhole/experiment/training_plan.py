@@ -174,8 +174,16 @@ def parse_training(raw: dict[str, Any], title: str = "training") -> TrainingPlan
         title=title, data=data, model=model, federation=federation, defenses=read_defenses(raw), run=run
     )
     if "invert" in raw:
-        inverting = read_inverting(raw["invert"], data, model, federation.rounds)
-        plan = plan.model_copy(update={"invert": inverting})
+        last = federation.rounds if "federation" in raw else None
+        plan = plan.model_copy(update={"invert": read_inverting(raw["invert"], data, model, last, run.seeds)})
+    if given:
+        if len(plan.defenses) > 1:
+            raise ConfigError(
+                "invert.weights names networks that are trained already, and a defense acts in training: remove "
+                "[[defenses]], and give defended networks as they are."
+            )
+        if "audit" in raw:
+            raise ConfigError("[audit] attacks what is trained here, and invert.weights takes its place; remove one.")
     return _with_audit(plan, raw) if "audit" in raw else plan
 
 

@@ -138,8 +138,8 @@ def frechet(real: Tensor, made: Tensor) -> float:
     fewest = min(len(real), len(made))
     if fewest < 2:
         return math.nan
-    if fewest < PER_FEATURE * real.shape[1]:
-        keep = min(components(fewest), real.shape[1])
+    keep = components(fewest, real.shape[1])
+    if keep:
         centre = real.mean(0)
         axes = torch.linalg.eigh((real - centre).T @ (real - centre)).eigenvectors[:, -keep:]
         real, made = (real - centre) @ axes, (made - centre) @ axes
@@ -152,9 +152,9 @@ def frechet(real: Tensor, made: Tensor) -> float:
     return float(between + first.trace() + second.trace() - 2 * cross)
 
 
-def components(images: int) -> int:
-    """Principal components that a Frechet distance of so few images uses."""
-    return max(1, min(COMPONENTS, images // PER_FEATURE))
+def components(images: int, features: int) -> int:
+    """Principal components on which a Frechet distance of so few images is taken; 0 where it is on the features."""
+    return 0 if images >= PER_FEATURE * features else max(1, min(COMPONENTS, images // PER_FEATURE, features))
 
 
 def _inside(network: Target, images: Tensor) -> tuple[Tensor, Tensor]:

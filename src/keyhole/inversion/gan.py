@@ -273,7 +273,7 @@ def train_wgan_gp(
     CVPR 2020, https://arxiv.org/abs/1911.07135, and its code; Gulrajani et al., "Improved Training of Wasserstein
     GANs", NeurIPS 2017, https://arxiv.org/abs/1704.00028. Steps are counted, where that code counts passes.
     """
-    _check(public, settings.batch)
+    check_public(public, settings.batch)
     return _trained("wgan_gp", _Wasserstein(public, settings, key), {}, folder, told)
 
 
@@ -316,7 +316,7 @@ def train_soft_label_gan(
     https://arxiv.org/abs/2010.04092. In the authors' code the target is in train mode: its labels come from the batch's
     statistics and its own running statistics drift. Here it is in eval mode, and its labels are computed beforehand.
     """
-    _check(public, settings.batch)
+    check_public(public, settings.batch)
     game = _SoftLabel(public, target_logits, num_classes, settings, key, begin)
     return _trained(
         "soft_label",
@@ -351,11 +351,11 @@ def train_dcgan(
     its code; Radford, Metz and Chintala, "Unsupervised Representation Learning with Deep Convolutional Generative
     Adversarial Networks", ICLR 2016, https://arxiv.org/abs/1511.06434.
     """
-    _check(public, settings.batch, sides=(32,))
+    check_public(public, settings.batch, sides=(32,))
     return _trained("dcgan", _DCGAN(public, settings, key), {}, folder, told)
 
 
-def _check(public: Tensor, batch: int, sides: tuple[int, ...] = SIDES) -> None:
+def check_public(public: Tensor, batch: int, sides: tuple[int, ...] = SIDES) -> None:
     """Raise `DataError` unless these are images to train on."""
     if public.dim() != 4 or len(public) == 0:
         raise DataError(f"a GAN needs public images (n, c, h, w); it was given {tuple(public.shape)}.")

@@ -15,7 +15,6 @@ from keyhole.experiment.invert import ATTACK, Inversions, Row
 from keyhole.experiment.store import Store
 from keyhole.experiment.train import Trained
 from keyhole.experiment.training_plan import TrainingPlan
-from keyhole.inversion.evaluate import components
 from keyhole.report.intervals import Estimate
 from keyhole.report.names import defense_name, spec_names
 from keyhole.report.summarize import plain
@@ -39,7 +38,9 @@ NOTE = (
     "takes for the class they were made to show; interval over target networks. Distances: squared, in the evaluator's "
     "features, to the nearest private image and to the mean of the class. FID: Frechet distance to all private images "
     "in those features{pca}. Diversity: mean pixel distance between two images of a class. By the target: share that "
-    "the attacked network itself recognises; far above the evaluator's, the images please that network alone."
+    "the attacked network itself recognises; far above the evaluator's, the images please that network alone. "
+    "control:other_round: the images of the nearest other round, shown to this round's network; control:untrained has "
+    "the test accuracy of the untrained network that was attacked; control:private_images are held-out private images."
 )
 
 
@@ -91,7 +92,7 @@ def cells(found: Inversions) -> list[Cell]:
                 attack=names[spec],
                 attacker=attacker,
                 round=when,
-                n=_images(found),
+                n=max((row.images for row in scored), default=_images(found)),
                 by_seed={row.seed: row.scores.accuracy for row in scored if row.scores},
                 right_by_seed={row.seed: row.accuracy for row in scored},
                 diversity_by_seed={row.seed: row.scores.diversity for row in scored if row.scores},
@@ -117,8 +118,7 @@ def cells(found: Inversions) -> list[Cell]:
 
 def _images(found: Inversions) -> int:
     assert found.plan.invert is not None
-    classes = len(found.plan.data.classes or ()) or next(iter(found.pictures.values())).shape[0]
-    return classes * found.plan.invert.settings.samples
+    return found.classes * found.plan.invert.settings.samples
 
 
 def _mean(rows: Sequence[Row], value: Callable[[Row], float]) -> float:
@@ -284,6 +284,7 @@ def as_dict(found: Inversions, lines: Sequence[Cell], both: Sequence[Line]) -> d
         "kind": "model",
         "title": plan.title,
         "verdict": verdict(lines),
+        "assumptions": assumptions(found),
         "evaluator": {
             "name": plan.invert.evaluator.name, "accuracy": found.evaluator_accuracy,
             "classes": found.evaluator_classes,
@@ -382,8 +383,8 @@ def assumptions(found: Inversions) -> list[str]:
 def note(found: Inversions) -> str:
     """What the columns mean."""
     assert found.plan.invert is not None
-    pca = f", on the first {components(_images(found))} principal components: compare equal numbers of images only"
-    return NOTE.format(pca=pca)
+    few = f", on their first {found.components} principal components: compare equal numbers of images only"
+    return NOTE.format(pca=few if found.components else "")
 
 
 def _markdown(found: Inversions, lines: Sequence[Cell], both: Sequence[Line]) -> str:
@@ -434,7 +435,9 @@ def _html(found: Inversions, lines: Sequence[Cell], both: Sequence[Line]) -> str
         by_accuracy=figures.trade_off(
             [(f"{name}, round {c.round}", Estimate(c.accuracy), c.attack_accuracy) for name, o in curves for c in o],
             x=recognised,
-        ),
+        )
+        if attacks
+        else None,
         grids=_grids(found),
         networks=NETWORKS,
         versions=versions(),

@@ -215,6 +215,8 @@ def _kept(
 ) -> Inverted:
     """The images that the target is surest of, class by class; never chosen by anyone who knows more."""
     made, classes = images.shape[:2]
+    if not torch.isfinite(images).all():
+        raise ModelError("the inversion's images became infinite or NaN; lower its lr.")
     labels = torch.arange(classes, device=images.device).expand(made, -1).flatten()
     flat = images.flatten(0, 1)
     sure = []
