@@ -254,7 +254,7 @@ def _card(card: Card) -> dict[str, Any]:
             "default": None if p.default is p.empty else p.default,
         }
         for name, p in card.signature().parameters.items()
-        if card.kind in ("attack", "defense", "model") and name not in ("input_shape", "num_classes")
+        if card.kind in ("attack", "inversion", "defense", "model") and name not in ("input_shape", "num_classes")
     ]
     return {
         "name": card.name,

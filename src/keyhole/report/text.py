@@ -34,11 +34,11 @@ def rated(estimate: Estimate | None) -> str:
 
 
 def signed(estimate: Estimate, places: int = 2) -> str:
-    """A difference with its interval, such as ``+0.50 (+0.41 to +0.58)``."""
+    """A difference with its interval where it has one, such as ``+0.50 (+0.41 to +0.58)``."""
     if not math.isfinite(estimate.value):
         return NOTHING
     value, low, high = (_zeroed(f"{v:+,.{places}f}") for v in (estimate.value, estimate.low, estimate.high))
-    return f"{value} ({low} to {high})"
+    return value if math.isnan(estimate.low) else f"{value} ({low} to {high})"
 
 
 def _zeroed(text: str) -> str:
@@ -51,7 +51,8 @@ def points(estimate: Estimate) -> str:
     if not math.isfinite(estimate.value):
         return NOTHING
     scaled = Estimate(100 * estimate.value, 100 * estimate.low, 100 * estimate.high)
-    return signed(scaled, 0).replace(" (", " pp (")
+    value, *interval = signed(scaled, 0).split(" ", 1)
+    return " ".join([value, "pp", *interval])
 
 
 def spread_out(spread: Spread, places: int) -> str:

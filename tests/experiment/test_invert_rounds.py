@@ -509,7 +509,7 @@ LENET = {"model": {"name": "lenet_zhu"}}
     ("given", "said"),
     [
         (changed("invert", None), "no [invert] section"),
-        (changed("invert.attacks", [{"name": "gmy"}]), "unknown inversion 'gmy' in [[invert.attacks]] number 1; did you mean"),
+        (changed("invert.attacks", [{"name": "gmy"}]), "unknown inversion 'gmy' in [[invert.attacks]] number 1; did"),
         (changed("invert.attacks", [{"name": "idlg"}]), "'idlg', which attacks updates: it belongs to [[attacks]]"),
         (changed("invert.attacks", [{**GMI_OPTIONS, "stepz": 3}]), "unknown option 'stepz'"),
         (changed("invert.attacks", [{**GMI_OPTIONS, "steps": 0}]), "steps is 0; it must be at least 1"),
