@@ -17,8 +17,8 @@ from torch.nn.functional import interpolate
 
 from keyhole.core.registry import DATASETS
 from keyhole.errors import ConfigError, DataError, KeyholeError, UnknownName
-from keyhole.zoo import decoding
-from keyhole.zoo.datasets import Data, load_data
+from keyhole.zoo import decoding, sources
+from keyhole.zoo.datasets import Data, _of_classes, load_data, load_pool
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -600,3 +600,101 @@ def test_orl_faces() -> None:
     check_pools(data)
     assert data.image_shape == (1, 32, 32) and data.num_classes == 40
     assert load_data(folder).image_shape == (1, 112, 92)
+
+
+# Some classes of a set
+
+
+def colours(folder: Path, counts: tuple[int, ...] = (4, 3, 5)) -> str:
+    """A folder of pictures of one colour each, which tells class and place: (40 class, 5 place, 0)."""
+    for label, count in enumerate(counts):
+        (folder / f"class{label}").mkdir(parents=True)
+        for place in range(count):
+            Image.new("RGB", (4, 4), (40 * label, 5 * place, 0)).save(folder / f"class{label}" / f"{place}.png")
+    return str(folder)
+
+
+def told(image: torch.Tensor) -> tuple[int, int]:
+    """Class and place of a picture of `colours`."""
+    red, green, _ = (image[:, 0, 0] * 255).round().int().tolist()
+    return red // 40, green // 5
+
+
+def test_private_classes_are_numbered_in_the_order_given(tmp_path: Path) -> None:
+    folder = colours(tmp_path / "set")
+    data = load_data(folder, classes=[2, 0], target=3, tune=1, public=1, candidates=0, train=100)
+    assert data.num_classes == 2
+    pools = [data.target, data.tune, data.public, data.train]
+    assert sum(map(len, pools)) == 4 + 5
+    whole = {row: told(image) for row, image in zip(load_pool(folder).rows, load_pool(folder).images, strict=True)}
+    seen = set()
+    for pool in pools:
+        for image, label, row in zip(pool.images, pool.labels.tolist(), pool.rows, strict=True):
+            true, place = told(image)
+            assert [2, 0][label] == true and whole[row] == (true, place)  # rows are those of the whole set
+            seen.add((true, place))
+    assert len(seen) == 9
+    swapped = load_data(folder, classes=[0, 2], target=3, tune=1, public=1, candidates=0)
+    assert torch.equal(swapped.target.labels, 1 - data.target.labels)
+
+
+def test_a_pool_keeps_the_labels_of_its_set(tmp_path: Path) -> None:
+    folder = colours(tmp_path / "set")
+    pool = load_pool(folder, classes=[2, 1])
+    assert sorted(pool.labels.tolist()) == [1] * 3 + [2] * 5
+    assert all(told(image)[0] == label for image, label in zip(pool.images, pool.labels.tolist(), strict=True))
+    assert len(load_pool(folder)) == 12 and load_pool(folder, size=8).images.shape[1:] == (3, 8, 8)
+    # Fewer images are the first of more, and another seed draws others.
+    few = load_pool(folder, classes=[2, 1], limit=3)
+    assert few.rows == pool.rows[:3] and torch.equal(few.images, pool.images[:3])
+    assert load_pool(folder, classes=[2, 1], seed=1).rows != pool.rows
+    assert len(load_pool(folder, limit=100)) == 12
+
+
+def test_private_and_public_classes_share_no_image() -> None:
+    private = load_data("digits", classes=[0, 1, 2, 3, 4], candidates=0, train=10_000)
+    public = load_pool("digits", classes=[5, 6, 7, 8, 9])
+    rows = [set(pool.rows) for pool in (private.target, private.tune, private.public, private.train)]
+    assert sum(map(len, rows)) == 901 and len(public) == 896  # of the 1,797 digits
+    assert not set(public.rows) & set().union(*rows)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"classes": []}, "at least one"),
+        ({"classes": [1, 1]}, "must be different numbers from 0 to 9"),
+        ({"classes": [3, 10]}, "must be different numbers from 0 to 9"),
+        ({"classes": [-1, 2]}, "must be different numbers from 0 to 9"),
+        ({"limit": 0}, "limit is 0"),
+        ({"split": "train"}, "data.split has no meaning for 'digits'"),
+    ],
+)
+def test_classes_that_are_not_there(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(KeyholeError, match=said):
+        load_pool("digits", **given)
+
+
+def test_one_class_is_no_task() -> None:
+    with pytest.raises(DataError, match="one class only"):
+        load_data("digits", classes=[3])
+
+
+@LOCAL
+def test_mnist_splits_into_private_and_public_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counts as in the published experiments; labels alone are read, and no image is decoded."""
+
+    def refuse(*given: Any) -> Any:
+        raise AssertionError("an image was decoded")
+
+    monkeypatch.setattr(sources, "decode_cell", refuse)
+    wanted = {"train": [5923, 6742, 5958, 6131, 5842], "test": [980, 1135, 1032, 1010, 982]}
+    public = 0
+    for split, counts in wanted.items():
+        whole = DATASETS.build("mnist", split=split)
+        private, rows = _of_classes("mnist", whole, [0, 1, 2, 3, 4])
+        others, other_rows = _of_classes("mnist", whole, [5, 6, 7, 8, 9])
+        assert np.bincount(private.labels).tolist() == counts and private.num_classes == 5
+        assert len(rows) + len(other_rows) == len(whole.labels) and not set(rows) & set(other_rows)
+        public += len(others.labels)
+    assert public == 34_265

@@ -104,7 +104,7 @@ def _group(
     over = _Over(targets, facts)
     lanes = max(1, TOGETHER // (max(1, method.together) * task.num_classes))
     pictures: list[Tensor] = []
-    losses: list[list[float]] = []
+    losses: list[list[list[float]]] = []
     for first in range(0, searches, lanes):
         count = min(lanes, searches - first)
         own = torch.stack([torch.stack([fold_in(key, first + i) for i in range(count)]) for key in keys]).to(device)
@@ -117,10 +117,14 @@ def _group(
         losses.append(history)
     whole = torch.cat(pictures, 1)[:, :made]
     seconds = (time.perf_counter() - began) / len(targets)
-    trace = tuple(sum(values) / len(values) for values in zip(*losses, strict=True))
+    # By target, over groups of searches, at each point of the history.
+    traces = [
+        tuple(sum(point) / len(losses) for point in zip(*own, strict=True))
+        for own in zip(*(zip(*history, strict=True) for history in losses), strict=True)
+    ]
     return [
         _kept(method, Target(task, weights), one, samples, fold_in(key, "choice"), trace, searches, seconds)
-        for weights, one, key in zip(targets, whole, keys, strict=True)
+        for weights, one, key, trace in zip(targets, whole, keys, traces, strict=True)
     ]
 
 
@@ -158,8 +162,8 @@ def _search(
     keys: Tensor,
     made: int,
     told: Callable[[float], None],
-) -> tuple[Tensor, list[float]]:
-    """Images (targets, searches times images each, k, c, h, w) of one group of searches, and its mean losses."""
+) -> tuple[Tensor, list[list[float]]]:
+    """Images (targets, searches times images each, k, c, h, w) of a group of searches; mean losses of each target."""
     shapes: dict[str, tuple[int, ...]] = {}
 
     def begin(weights: Weights, facts: Tensors, key: Key) -> Any:
@@ -181,16 +185,16 @@ def _search(
         return method.optimizer.update(state, value, gradient, 0, project), value
 
     states = over(begin, keys, chunk=max(1, TOGETHER // method.initial))
-    history: list[float] = []
+    history: list[list[float]] = []
     steps = keys.clone()
     for tick in range(method.steps):
         states, values = over(step, states, advance(steps.flatten(0, 1), tick).reshape(steps.shape))
         if tick % EVERY == 0 or tick == method.steps - 1:
-            mean = float(values.mean())
-            if not math.isfinite(mean):
-                raise ModelError(f"the inversion's objective became {mean} at step {tick}; lower its lr.")
+            means = values.mean(1).tolist()
+            if not all(map(math.isfinite, means)):
+                raise ModelError(f"the inversion's objective became infinite or NaN at step {tick}; lower its lr.")
             if tick % EVERY == 0:
-                history.append(mean)
+                history.append(means)
             told((tick + 1) / method.steps)
     count = method.together or made
 
