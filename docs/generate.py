@@ -1,7 +1,8 @@
 """Write the pages that follow from the registries: one for each method, their index, and the table of defenses.
 
 Run by ``make docs`` before mkdocs. It also holds the hand-written pages to the code: every key of the audit file must
-be in docs/audit-file.md, every attack and defense in README.md, and every source file that a page names must exist.
+be in docs/audit-file.md, every key of ``[invert]`` in docs/inversion.md, every attack, inversion and defense in
+README.md, and every source file that a page names must exist.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import keyhole.experiment.audit  # noqa: F401  (fills the registries)
 from keyhole.core import registry
 from keyhole.core.defense import Defense
 from keyhole.core.registry import Card, Registry
+from keyhole.experiment.inversion_plan import EvaluatorSection, InvertSection, PublicSection
 from keyhole.experiment.spec import Experiment, presets
 from keyhole.report.tables import LEVELS
 
@@ -28,6 +30,7 @@ SOURCE = Path(keyhole.__file__).parent
 
 KINDS: dict[str, tuple[str, Registry, str]] = {
     "attacks": ("Attacks", registry.ATTACKS, "Named in `[[attacks]]`."),
+    "inversions": ("Inversions", registry.INVERSIONS, "Named in `[[invert.attacks]]` of a training file."),
     "defenses": ("Defenses", registry.DEFENSES, "Named in the `chain` of `[[defenses]]`."),
     "labels": ("Label rules", registry.LABELS, "Named in an attack's option `labels`, or for all in `[attacker]`."),
     "controls": ("Controls", registry.CONTROLS, "Run beside every attack, without being asked for."),
@@ -35,7 +38,7 @@ KINDS: dict[str, tuple[str, Registry, str]] = {
     "models": ("Models", registry.MODELS, "Named in `[model]`; your own come with `factory`."),
     "data": ("Data sets", registry.DATASETS, "Named in `[data]`; your own come as a path or a hub id."),
 }
-WITH_OPTIONS = ("attacks", "defenses", "models")
+WITH_OPTIONS = ("attacks", "inversions", "defenses", "models")
 FILLED_IN = ("input_shape", "num_classes")
 """Arguments that the runner gives to a model."""
 
@@ -218,7 +221,7 @@ def counters(card: Card) -> Iterator[str]:
 
 def needs(folder: str, card: Card) -> Iterator[str]:
     """What an attack or a label rule must see."""
-    if folder == "attacks":
+    if folder in ("attacks", "inversions"):
         seen = card.factory().needs
     elif folder == "labels":
         seen = card.facts.get("needs", frozenset())
@@ -232,13 +235,15 @@ def usage(folder: str, card: Card) -> Iterator[str]:
     """The lines of an audit file that name the method."""
     lines = {
         "attacks": f'[[attacks]]\nname = "{card.name}"',
+        "inversions": f'[[invert.attacks]]\nname = "{card.name}"',
         "defenses": f'[[defenses]]\nchain = [{{ name = "{card.name}" }}]',
         "labels": f'[attacker]\nlabels = "{card.name}"',
         "models": f'[model]\nname = "{card.name}"',
         "data": f'[data]\nname = "{card.name}"',
     }
     if folder in lines:
-        yield from ("", "## In an audit file", "", "```toml", lines[folder], "```")
+        title = "## In a training file" if folder == "inversions" else "## In an audit file"
+        yield from ("", title, "", "```toml", lines[folder], "```")
 
 
 def kind(annotation: Any) -> str:
@@ -307,7 +312,12 @@ def undocumented() -> Iterator[str]:
             if not re.search(rf"^\| `{key}` \|", audit_file, re.MULTILINE):
                 yield f"docs/audit-file.md does not explain '{key}' of [{section}]"
     readme = (DOCS.parent / "README.md").read_text()
-    for card in (*registry.ATTACKS, *registry.DEFENSES):
+    inversion = (DOCS / "inversion.md").read_text()
+    for model in (InvertSection, PublicSection, EvaluatorSection):
+        for key in model.model_fields:
+            if not re.search(rf"^\| `{key}` \|", inversion, re.MULTILINE):
+                yield f"docs/inversion.md does not explain '{key}' of {model.__name__}"
+    for card in (*registry.ATTACKS, *registry.INVERSIONS, *registry.DEFENSES):
         if f"`{card.name}`" not in readme:
             yield f"README.md does not name the {card.kind} '{card.name}'"
     for page in (*DOCS.glob("*.md"), DOCS.parent / "CONTRIBUTING.md"):

@@ -640,6 +640,43 @@ def test_public_images_of_another_kind_are_refused(
     assert_refused("invert", given, "have 3 channels and the private ones 1", tmp_path, capsys)
 
 
+def test_private_images_under_another_name_are_found(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same pictures in two folders: names and classes tell nothing."""
+    images = pytest.importorskip("PIL.Image")
+    for folder in ("mine", "theirs"):
+        for name in ("a", "b"):
+            (tmp_path / folder / name).mkdir(parents=True)
+            for number in range(12):
+                shown = number + 100 * (name == "b") + 50 * (folder == "theirs") * (number > 0)
+                images.new("L", (32, 32), shown).save(tmp_path / folder / name / f"{number}.png")
+    given = changed("invert.public", [{"name": str(tmp_path / "theirs")}])
+    given["data"] = {
+        "name": str(tmp_path / "mine"), "target": 2, "tune": 0, "public": 1, "candidates": 0, "test": 8
+    }  # fmt: skip
+    assert_refused("invert", given, "2 of the 24 public images are private ones too", tmp_path, capsys)
+
+
+def test_two_splits_of_one_set_share_their_classes(base: Path, tmp_path: Path) -> None:
+    """The judge must not tell a class of one section from the same class of another."""
+    plan = plan_of(public=[{"classes": [5, 6], "limit": 12}, {"classes": [6, 7], "limit": 12, "seed": 1}])
+    study = study_of(plan, tmp_path)
+    assert study._known_classes() == [5, 6, 7]
+    seen: list[Tensor] = []
+
+    def spy(task: Any, weights: Any, images: Tensor, labels: Tensor, *given: Any) -> Any:
+        seen.append(labels)
+        return weights, None
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage, "trained_state", spy)
+        _, _, count = study._evaluator()
+    own = torch.cat([pool.labels for pool in study.pools])
+    assert count == 2 + 3
+    assert torch.equal(seen[0][-24:], own - 5 + 2) and int(seen[0][:-24].max()) == 1
+
+
 def test_a_head_that_does_not_fit_leaves_no_folder(
     own: Callable[..., dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

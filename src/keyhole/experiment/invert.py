@@ -8,6 +8,7 @@ score, after all images of a cell are on disk. Cells are files,
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import math
 from collections.abc import Iterator
@@ -177,6 +178,14 @@ class _Study:
             except KeyholeError as error:
                 raise type(error)(f"[[invert.attacks]] '{spec.name}': {error}") from error
         self._judge(self.problem.data.num_classes + len(self._known_classes()))
+        data = self.problem.data
+        private = {own for pool in (data.target, data.tune, data.public, data.candidates, data.train)
+                   for own in map(_pixels, pool.images)}  # fmt: skip
+        both = sum(_pixels(image) in private for image in self.public)
+        if both:
+            raise DataError(
+                f"{both} of the {len(self.public)} public images are private ones too; choose other public images."
+            )
         missing = set(range(self.problem.data.num_classes)) - set(self.problem.labels.tolist())
         if missing:
             raise DataError(
@@ -422,6 +431,10 @@ class _Study:
 
     def _accuracy(self, target: Target) -> float:
         return accuracy(target.task, target.weights, *self.problem.test)
+
+
+def _pixels(image: Tensor) -> bytes:
+    return hashlib.sha256(image.cpu().numpy().tobytes()).digest()
 
 
 def _prior_samples(prior: Any, classes: int, count: int, key: Key) -> Tensor:
