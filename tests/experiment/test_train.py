@@ -233,7 +233,7 @@ def run(*arguments: str) -> int:
     [
         (["train", "nowhere"], "unknown preset 'nowhere'"),
         (["train", "quick"], "a preset of keyhole audit"),
-        (["audit", "frontier"], "a preset of keyhole train and keyhole frontier"),
+        (["audit", "frontier"], "a preset of keyhole train, frontier and invert"),
         (["train", "frontier", "--backend", "smoke"], "unknown backend 'smoke'"),
         (["train", "frontier", "--set", "federation.round=3"], "did you mean 'rounds'"),
         (["train", "frontier", "--set", "federation.mu=0.1"], 'belongs to strategy = "fedprox"'),

@@ -119,7 +119,7 @@ def test_the_verdict_holds_the_best_attack_against_its_best_floor() -> None:
     assert best is not None and best.attacker == "control:random_labels"
     said = verdict(made)
     assert "round 9 (test accuracy 90 %)" in said and "against 35 % for the best control (random labels)" in said
-    assert "Under clip, 40.0 % of the images" in said
+    assert "Under clip(norm=1), 40.0 % of the images" in said
     assert "With 1 target network in a cell nothing is ranked: 5 are needed." in said
     assert "nothing is ranked" not in verdict(cells(found(*(row(0.5 + s / 100, seed=s) for s in range(5)))))
 

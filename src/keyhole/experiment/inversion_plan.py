@@ -130,9 +130,10 @@ def read_inverting(
     if not entries:
         raise ConfigError('[invert] names no attack; add [[invert.attacks]] with name = "gmi".')
     for entry in entries:
-        if entry.get("name") in ATTACKS:
+        name = entry.get("name")
+        if isinstance(name, str) and name in ATTACKS:
             raise ConfigError(
-                f"[[invert.attacks]] names '{entry['name']}', which attacks updates: it belongs to [[attacks]] of "
+                f"[[invert.attacks]] names '{name}', which attacks updates: it belongs to [[attacks]] of "
                 f"keyhole audit. Accepted: {', '.join(sorted(card.name for card in INVERSIONS))}."
             )
     attacks = tuple(method(INVERSIONS, e, f"[[invert.attacks]] number {i}") for i, e in enumerate(entries, 1))
@@ -149,6 +150,7 @@ def read_inverting(
         )
     _check_overlap(public, data)
     rounds = _rounds(settings, last)
+    settings = settings.model_copy(update={"rounds": rounds})
     if settings.weights is not None:
         files = [settings.file(seed, number) for seed in seeds for number in rounds]
         if len(set(files)) < len(files):

@@ -286,7 +286,7 @@ def _attack(raw: dict[str, Any], where: str, labels: str | None) -> AttackEntry:
     if not isinstance(tune, dict) or not all(isinstance(v, list) and v for v in tune.values()):
         raise ConfigError(f"{where} tune must be a table of lists, such as tune = {{ tv = [0.0, 1e-4] }}.")
     name = raw.get("name")
-    if name in INVERSIONS:
+    if isinstance(name, str) and name in INVERSIONS:
         raise ConfigError(
             f"{where} names '{name}', which attacks the network itself: it belongs to [[invert.attacks]] of keyhole "
             "invert."
