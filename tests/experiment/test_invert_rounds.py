@@ -480,6 +480,23 @@ def test_a_search_that_explodes_is_a_row_that_says_so(base: Path, tmp_path: Path
     assert all(row["networks"] == 0 and row["attack_accuracy"]["value"] is None for row in content["rows"])
 
 
+def test_a_gan_that_diverges_on_a_network_is_a_row_too(base: Path, tmp_path: Path) -> None:
+    diverges = {**KED_OPTIONS, "gan_lr": 1e18}
+    found = invert_rounds(plan_of(rounds=[2], attacks=[GMI_OPTIONS, diverges]), tmp_path / "out")
+    failed = [row for row in found.rows if row.scores is None]
+    assert {row.attack.name for row in failed} == {"ked_mi"} and "the GAN diverged" in failed[0].detail
+    assert any(row.scores is not None for row in found.rows if row.attack.name == "gmi")
+
+
+def test_a_gan_that_diverges_for_all_ends_the_run(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "tiny.toml"
+    path.write_text(tomli_w.dumps(raw(attacks=[{**GMI_OPTIONS, "gan_lr": 1e18}])))
+    assert run("invert", str(path), "--out", str(tmp_path / "out")) == 2
+    assert "the GAN diverged at step" in capsys.readouterr().err
+
+
 def test_updates_and_networks_share_a_report(base: Path, tmp_path: Path) -> None:
     given = raw(controls=False)
     given["model"]["batchnorm"] = "eval"

@@ -27,7 +27,7 @@ from keyhole.core.task import Bounds, Task, weights_of
 from keyhole.core.told import Told, silent
 from keyhole.core.trial import Spec
 from keyhole.core.types import Key, Weights
-from keyhole.errors import ConfigError, DataError, KeyholeError, StoreError, cause
+from keyhole.errors import ConfigError, DataError, KeyholeError, ModelError, StoreError, cause
 from keyhole.experiment.inversion_plan import Inverting, PublicSection
 from keyhole.experiment.setup import find_device
 from keyhole.experiment.store import Store
@@ -264,13 +264,19 @@ class _Study:
     def _cell(
         self, method: Inversion, target: Target, key: Key, path: Path, what: str, seed: int, before: Any, *, make: bool
     ) -> Any:  # fmt: skip
-        """One cell; returns what the attack prepared."""
+        """One cell; returns what the attack prepared, or what it was given where that failed for this network alone."""
 
         def preparing(stage: str, fraction: float) -> None:
             self.told(f"{stage} ({what})" if method.per_target else stage, fraction)
 
         place = Place(told=preparing)
-        prior = method.prepare(target, self.public, fold_in(key, "prior"), place, before)
+        try:
+            prior = method.prepare(target, self.public, fold_in(key, "prior"), place, before)
+        except ModelError as error:
+            if not method.per_target:
+                raise
+            _failed(path, target, error)
+            return before
         if not make:
             return prior
         try:
@@ -279,7 +285,7 @@ class _Study:
                 [fold_in(fold_in(key, "searches"), seed)], told=lambda fraction: self.told(what, fraction),
             )[0]  # fmt: skip
         except KeyholeError as error:
-            _write(path, {"failed": torch.zeros(1)}, {"detail": str(error), "target": _digest(target)})
+            _failed(path, target, error)
             return prior
         own = fold_in(key, seed).to(self.device)
         samples = _prior_samples(prior, target.classes, self.inverting.settings.samples, own)
@@ -502,6 +508,10 @@ def _write(path: Path, tensors: dict[str, Tensor], account: dict[str, Any]) -> N
         write_whole(path, data)
     except OSError as error:
         raise StoreError(f"cannot write to the output folder '{path.parent}': {error.strerror}.") from error
+
+
+def _failed(path: Path, target: Target, error: KeyholeError) -> None:
+    _write(path, {"failed": torch.zeros(1)}, {"detail": str(error), "target": _digest(target)})
 
 
 def _made(path: Path, target: Target) -> bool:
