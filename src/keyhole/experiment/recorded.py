@@ -62,6 +62,12 @@ ONE_STEP = (
 STEPS = ({"name": "inverting_gradients", "steps": 800, "restarts": 2},)
 """Attacks on several steps."""
 
+SECOND = (
+    "A second attack went on from what this one found. It began at gray, as a transcript has no public images; how far "
+    "its images are from explaining the update was not measured."
+)
+"""What is said of a counter with a second attack."""
+
 
 class Known(BaseModel):
     """What is known beside transcript and model; every key can be set with ``--set KEY=VALUE``."""
@@ -115,7 +121,7 @@ class Attempt:
     attacker: str
     status: str
     score: float
-    """The attack's own distance between simulated and recorded update; 0 explains all of it."""
+    """The attack's own distance between simulated and recorded update; 0 explains all of it. NaN where it has none."""
     guesses: Tensor
     """Pixels (r, c, h, w) in [0, 1]; with secrets in their order."""
     labels: tuple[int, ...]
@@ -413,8 +419,10 @@ def _attempt(
             true = nn.functional.one_hot(secret.labels, task.num_classes).to(targets)
             metrics["label_accuracy"] = [float(multiset_overlap(targets, true))] * len(true)
         control = _scored(task, task.bounds.to_pixels(blind[0].reconstruction.inputs).detach(), secret)[1]
-    score = float(solved.reconstruction.score)
-    return Attempt(name, attacker, solved.status, score, guesses, labels, solved.evaluations, "", metrics, control)
+    # A second attack's own score is of something else than updates.
+    score = float(solved.reconstruction.score) if counter.then is None else math.nan
+    detail = "" if counter.then is None else SECOND
+    return Attempt(name, attacker, solved.status, score, guesses, labels, solved.evaluations, detail, metrics, control)
 
 
 def _scored(task: Task, guesses: Tensor, secret: Secret) -> tuple[Tensor, dict[str, list[float]]]:
@@ -435,18 +443,29 @@ def _solved(
     belief: Belief = Simulated(training.rule)
     if training.steps > 1:
         belief = BELIEFS.build("straight_line", rule=training.rule)
-    threat = ThreatModel(training.rule, belief, training.images, counter=counter)
+    threat = ThreatModel(training.rule, belief, training.images, counter=counter.told(training.images))
     missing = (attack.needs | counter.needs) - threat.sees
     if missing:
         raise Refused(f"it needs {', '.join(sorted(missing))}, which a transcript does not hold.")
-    if counter.then is not None:
-        raise Refused("its second attack needs public images, which a transcript does not hold.")
+    if counter.one_step and training.steps > 1:
+        raise Refused(f"it can only explain an update of one gradient; here it is made of {training.steps}.")
     keys = key.expand(len(seen), -1).clone()
+    shared = Shared(seen[0].weights)
     images = None
     if isinstance(attack, IterativeAttack) and attack.initial != "random":
         if attack.initial != "gray":
             raise Refused(f"start = '{attack.initial}' needs public images, which a transcript does not hold.")
-        noise = normal(fold_in(key, "start images"), (attack.restarts, training.images, *task.input_shape))
-        images = task.bounds.from_pixels(0.5 + START_JITTER * noise).expand(len(seen), *noise.shape).clone()
-    shared = Shared(seen[0].weights)
-    return solve(attack, task, threat, (stack(seen, shared),), images, keys, shared)
+        images = _gray(task, attack, training.images, keys)
+    then = None
+    if counter.then is not None:
+        if not attack.pictures:
+            raise Refused("its second attack works on images, and this attack finds none.")
+        # Elsewhere it starts from the mean of public images.
+        then = _gray(task, counter.then, training.images, keys)
+    return solve(attack, task, threat, (stack(seen, shared),), images, keys, shared, then_images=then)
+
+
+def _gray(task: Task, attack: IterativeAttack, images: int, keys: Tensor) -> Tensor:
+    """Start images (trials, starts, r, *shape), the same for all trials, which have one key."""
+    noise = normal(fold_in(keys[0], "start images"), (attack.restarts, images, *task.input_shape))
+    return task.bounds.from_pixels(0.5 + START_JITTER * noise).expand(len(keys), *noise.shape).clone()
