@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from keyhole.errors import StoreError
-from keyhole.experiment.recorded import Attempt, Finding, Findings
+from keyhole.experiment.recorded import Finding, Findings
+from keyhole.experiment.recorded_attack import Attempt
 from keyhole.experiment.transcript import as_safetensors, write_private
 from keyhole.report.groups import LEAK_MARGIN, LEAK_SSIM, SLACK
 
