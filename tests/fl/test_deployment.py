@@ -149,11 +149,11 @@ def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]
         stack.enter_context(quickstart(folder / "app", "defend", "record"))
         (folder / "app" / "pyproject.toml").write_text((EXAMPLE / "pyproject.toml").read_text())
 
-        def start(log: str, program: str, *arguments: Any) -> subprocess.Popen[bytes]:
+        def start(log: str, program: str, *arguments: Any, where: Path = folder) -> subprocess.Popen[bytes]:
             with (folder / log).open("wb") as file:
                 process = subprocess.Popen(
                     [str(PROGRAMS / program), *map(str, arguments)],
-                    cwd=folder,
+                    cwd=where,
                     env=environment,
                     stdin=subprocess.DEVNULL,
                     stdout=file,
@@ -184,8 +184,10 @@ def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]
             until(reads(f"node{i}.log", "SuperNode ID: "), "joining", server, *nodes, logs=folder)
         speaks = handshake(link, folder / "ca.pem"), handshake(link, None)
 
-        settings = f'rounds=2 images=8 batch-size=8 local-epochs=1 transcript="{folder / "transcript"}"'
-        run = start("run.log", "flwr", "run", folder / "app", "deployment", "--run-config", settings, "--stream")
+        # Its name counts from where SuperLink was started.
+        settings = 'rounds=2 images=8 batch-size=8 local-epochs=1 transcript="transcript"'
+        command = ("run", ".", "deployment", "--run-config", settings, "--stream")
+        run = start("run.log", "flwr", *command, where=folder / "app")
         until(reads("node1.log", "Start `flwr-clientapp` process"), "training", server, run, *nodes, logs=folder)
         end(nodes[1])
         nodes[1] = join("node2.log", 1, own[2])
