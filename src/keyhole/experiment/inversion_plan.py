@@ -64,16 +64,19 @@ class Inverting(BaseModel):
 
     model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True)
     settings: InvertSection
-    rounds: tuple[int, ...]
     public: tuple[PublicSection, ...]
     evaluator: EvaluatorSection
     attacks: tuple[Spec, ...]
+
+    @property
+    def rounds(self) -> tuple[int, ...]:
+        """After which rounds the global network is attacked."""
+        return tuple(self.settings.rounds or ())
 
     def asdict(self) -> dict[str, Any]:
         """As a file has it."""
         return {
             **self.settings.model_dump(exclude_none=True),
-            "rounds": list(self.rounds),
             "public": [one.model_dump(exclude_none=True) for one in self.public],
             "evaluator": self.evaluator.model_dump(exclude_none=True),
             "attacks": [{"name": spec.name, **_known(spec.asdict())} for spec in self.attacks],
@@ -132,7 +135,8 @@ def read_inverting(raw: dict[str, Any], data: DataSection, model: ModelSection, 
             f"invert.rounds is {rounds!r}; it must be a rising list of rounds from 0 (untrained) to {last} "
             "(federation.rounds)."
         )
-    return Inverting(settings=settings, rounds=tuple(rounds), public=public, evaluator=evaluator, attacks=attacks)
+    settings = settings.model_copy(update={"rounds": rounds})
+    return Inverting(settings=settings, public=public, evaluator=evaluator, attacks=attacks)
 
 
 def _check_overlap(public: tuple[PublicSection, ...], data: DataSection) -> None:

@@ -93,7 +93,9 @@ def _halves(images: Tensor, sigma: float) -> Tensor:
 def _within_class(images: Tensor, sigma: float) -> Tensor:
     half = images.shape[0] // 2
     kernel = gaussian(sigma)
-    return torch.func.vmap(lambda own: nhsic(own[:half], own[half : 2 * half], kernel, kernel), in_dims=1)(images).mean()
+    return torch.func.vmap(lambda own: nhsic(own[:half], own[half : 2 * half], kernel, kernel), in_dims=1)(
+        images
+    ).mean()
 
 
 _GROUPED: dict[str, Callable[[Tensor, float], Tensor]] = {"halves": _halves, "within_class": _within_class}

@@ -106,7 +106,9 @@ def open_local(name: str, choice: Choice) -> Source:
     """A data set that no hub has, under ``$KEYHOLE_DATA``."""
     local = _local_copy(name)
     if local is None:
-        raise DataError(f"data set '{name}' is read from a folder of yours; set KEYHOLE_DATA to one that holds {name}/.")
+        raise DataError(
+            f"data set '{name}' is read from a folder of yours; set KEYHOLE_DATA to one that holds {name}/."
+        )
     return open_path(local, choice)
 
 
