@@ -13,14 +13,14 @@ import math
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from keyhole.core.keys import fold_in, normal, permutation, seeded, uniform
+from keyhole.core.keys import advance, fold_in, normal, permutation, seeded, uniform
 from keyhole.core.told import Told, silent
 from keyhole.core.types import Key, Tensors
 from keyhole.errors import ConfigError, DataError, ModelError, cause, check_range
@@ -388,33 +388,40 @@ class _Game(Protocol):
         ...
 
 
-@dataclass
 class _Draws:
     """The random numbers of each step, by purpose."""
 
-    public: Tensor
-    batch: int
-    latent: int
-    key: Key
-    _orders: dict[str, tuple[int, Tensor]] = field(default_factory=dict)
+    def __init__(self, public: Tensor, batch: int, latent: int, key: Key) -> None:
+        self.public, self.batch, self.latent, self.key = public, batch, latent, key
+        self._streams: dict[str, Key] = {}
+        self._orders: dict[str, tuple[int, Tensor]] = {}
 
     def of(self, purpose: str, step: int) -> Key:
-        return fold_in(fold_in(self.key, purpose), step)
+        """The key of a purpose at a step."""
+        if purpose not in self._streams:
+            self._streams[purpose] = fold_in(self.key, purpose)
+        return advance(self._streams[purpose], step)
 
     def z(self, purpose: str, step: int) -> Tensor:
         """Latent vectors (batch, latent)."""
         return normal(self.of(purpose, step), (self.batch, self.latent)).to(self.public)
 
+    def noise(self, purpose: str, step: int, images: Tensor) -> Tensor:
+        """Standard normal numbers in the shape of images."""
+        # So many numbers take longer by hashing than a small network's step; torch's generator is seeded for each step.
+        high, low = self.of(purpose, step).tolist()
+        return torch.randn(images.shape, generator=torch.Generator().manual_seed(low ^ (high << 32))).to(images)
+
     def which(self, purpose: str, step: int) -> Tensor:
         """Indices of a batch: each pass over the images in an order of its own, an incomplete last batch left out."""
-        batches = len(self.public) // self.batch
-        number, place = divmod(step, batches)
+        number, place = divmod(step, len(self.public) // self.batch)
         if purpose not in self._orders or self._orders[purpose][0] != number:
             order = permutation(self.of(purpose, number), len(self.public)).to(self.public.device)
             self._orders[purpose] = (number, order)
         return self._orders[purpose][1][place * self.batch : (place + 1) * self.batch]
 
     def images(self, purpose: str, step: int) -> Tensor:
+        """A batch of public images."""
         return self.public[self.which(purpose, step)]
 
 
@@ -530,8 +537,7 @@ class _DCGAN:
         return real_or_not(self._read(fake, "noise for the generator", step), True)
 
     def _read(self, images: Tensor, purpose: str, step: int) -> Tensor:
-        noise = normal(self.draws.of(purpose, step), tuple(images.shape)).to(images)
-        said: Tensor = self.discriminator(images + self.settings.noise * noise)
+        said: Tensor = self.discriminator(images + self.settings.noise * self.draws.noise(purpose, step, images))
         return said
 
 
@@ -595,7 +601,8 @@ class _Training:
         # Gradients of this network only: those of the other's weights would be computed for nothing.
         own = list(self.parts[name].parameters())
         for parameter, slope in zip(own, torch.autograd.grad(loss, own), strict=True):
-            parameter.grad = slope
+            # Adam's fused kernel reads memory in order, and a gradient may come transposed or expanded.
+            parameter.grad = slope.contiguous()
         self.adams[name].step()
         return loss.detach()
 
@@ -618,11 +625,13 @@ class _Training:
 
 def _adam(module: nn.Module, lr: float) -> torch.optim.Adam:
     """Adam with moments at zero from the beginning, so that there is always something to save and to load."""
-    adam = torch.optim.Adam(module.parameters(), lr=lr, betas=_BETAS)
+    adam = torch.optim.Adam(module.parameters(), lr=lr, betas=_BETAS, fused=True)
     for parameter in module.parameters():
         adam.state[parameter] = {
-            "step": torch.zeros(()), "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)
-        }  # fmt: skip
+            "step": torch.zeros((), device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
     return adam
 
 
