@@ -330,6 +330,11 @@ def test_a_dcgan_makes_small_images_only(tmp_path: Path) -> None:
     assert large.generator(torch.zeros(2, 3)).shape == (2, 3, 64, 64)
 
 
+def test_images_in_other_types_are_the_same_images(tmp_path: Path) -> None:
+    wgan(tmp_path)
+    assert wgan(tmp_path, public=PUBLIC.double()).facts.cached
+
+
 def test_a_target_must_give_logits_of_the_classes(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"gives \(11, 3\) for 11 images; finite logits of 4 classes"):
         soft(tmp_path, num_classes=4)
