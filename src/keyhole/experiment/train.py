@@ -22,7 +22,7 @@ from torch.nn.functional import one_hot
 from keyhole.core.defense import Defense
 from keyhole.core.keys import fold_in, new_key
 from keyhole.core.registry import MODELS
-from keyhole.core.task import Bounds, Task, weights_of
+from keyhole.core.task import Bounds, Task, fit_weights, weights_of
 from keyhole.core.tensors import map_tensors, squared_norm
 from keyhole.core.told import Told, silent
 from keyhole.core.trial import Spec
@@ -110,7 +110,7 @@ def train(plan: TrainingPlan, folder: Path, *, device: str = "cpu", told: Told =
     """
     where = find_device(device)
     # Before the folder is claimed: bad input must leave nothing behind.
-    problem = _Problem(plan, where)
+    problem = Problem(plan, where)
     done = []
     with Store(folder) as store, one_thread(where):
         store.claim_config(plan.to_toml())
@@ -120,7 +120,7 @@ def train(plan: TrainingPlan, folder: Path, *, device: str = "cpu", told: Told =
     return done
 
 
-class _Problem:
+class Problem:
     """What all trainings of a plan share: images, and how networks are made."""
 
     def __init__(self, plan: TrainingPlan, device: torch.device) -> None:
@@ -185,13 +185,11 @@ class _Problem:
     def train(self, run: Trained, told: Told) -> Trained:
         """One training, from where it stopped."""
         model = self._model(run.seed)
-        plain = Task.of(
-            model, self.data.image_shape, self.data.num_classes, self.bounds, batchnorm="train_shared", dropout="active"
-        ).to(self.device)
-        start = weights_of(model)
-        start = Weights(*(map_tensors(lambda t: t.to(self.device), part) for part in start))
+        plain = self._plain(model)
+        bare_start = Weights(*(map_tensors(lambda t: t.to(self.device), part) for part in weights_of(model)))
         defense = build_defense(run.defense) if run.defense else None
         task = plain if defense is None else defense.on_task(plain)
+        start = fit_weights(task, bare_start)
         run.seen = self.seen(run.seed)
         what = f"training {run.folder.parent.name}, seed {run.seed}"
         key = _key(run.seed)
@@ -199,7 +197,7 @@ class _Problem:
         weights, memory, states = _resume(run, start) or (start, None, None)
         if not run.rounds:
             run.rounds.append(AfterTraining(0, accuracy(task, start, *self.test)))
-            _keep(run, model, start, strategy.begin(start), ())
+            _keep(run, task, start, strategy.begin(start), ())
         before = weights
         given: dict[str, Any] = {"public": self.public, "strategy": strategy}
         steps = rounds(
@@ -211,13 +209,27 @@ class _Problem:
             if defense is not None:
                 _guard(run, before, after)
             if defense is not None and after.number == 1:
-                bare = next(rounds(plain, start, self.inputs, self.labels, self.federation, key, **given))
-                run.changed = _changed(before, after, bare)
+                bare = next(rounds(plain, bare_start, self.inputs, self.labels, self.federation, key, **given))
+                run.changed = _changed(before, after, bare_start, bare)
             run.rounds.append(_account(before, after, accuracy(task, after.weights, *self.test)))
-            _keep(run, model, after.weights, after.memory, after.clients.states)
+            _keep(run, task, after.weights, after.memory, after.clients.states)
             before = after.weights
             told(what, after.number / self.federation.rounds)
         return run
+
+    def task(self, specs: tuple[Spec, ...]) -> Task:
+        """What clients under these defenses train."""
+        plain = self._plain(self._model(0))
+        return build_defense(specs).on_task(plain) if specs else plain
+
+    def fresh(self, specs: tuple[Spec, ...], seed: int) -> Weights:
+        """The weights that a training begins with."""
+        return fit_weights(self.task(specs), weights_of(self._model(seed)))
+
+    def _plain(self, model: nn.Module) -> Task:
+        return Task.of(
+            model, self.data.image_shape, self.data.num_classes, self.bounds, batchnorm="train_shared", dropout="active"
+        ).to(self.device)
 
     def _server(self, specs: tuple[Spec, ...], key: Tensor) -> FedAvg:
         """The strategy, and the noise that a defense leaves to the server."""
@@ -261,9 +273,11 @@ def _guard(run: Trained, before: Weights, after: AfterRound) -> None:
         )
 
 
-def _changed(before: Weights, defended: AfterRound, bare: AfterRound) -> float:
+def _changed(before: Weights, defended: AfterRound, start: Weights, bare: AfterRound) -> float:
     """Share of clients whose update differs from that of the same client without its defense."""
-    one, two = _moved(before, defended), _moved(before, bare)
+    if start.params.keys() != before.params.keys():
+        return 1.0  # another model has other updates
+    one, two = _moved(before, defended), _moved(start, bare)
     count = len(next(iter(one.values())))
     differs = 0
     for client in range(count):
@@ -308,9 +322,9 @@ def epsilon(specs: tuple[Spec, ...], gradients: int) -> float | None:
 # Files
 
 
-def _keep(run: Trained, model: nn.Module, weights: Weights, memory: Memory, states: Sequence[State]) -> None:
+def _keep(run: Trained, task: Task, weights: Weights, memory: Memory, states: Sequence[State]) -> None:
     """The global network in a file of its own, then everything that the next round needs, each atomically."""
-    known = model.state_dict().keys()
+    known = task.model.state_dict().keys()
     whole = {**weights.params, **weights.buffers}
     _write(run.checkpoint(run.rounds[-1].round), {name: whole[name] for name in whole if name in known}, {})
     parts = {"params": weights.params, "buffers": weights.buffers}
