@@ -34,8 +34,7 @@ KEY = new_key(17)
 
 
 def with_bottleneck(bench: Any, defense: MID | None = None) -> Any:
-    task = (defense or MID()).on_task(bench.task)
-    return replace(bench, task=task, weights=fit_weights(task, bench.weights))
+    return bench.under(defense or MID())
 
 
 def test_the_divergence_of_known_gaussians() -> None:
