@@ -229,7 +229,7 @@ _FIELDS = {
     "update": "one client's own update",
     "targets": "the labels",
     "statistics": "the batch statistics of BatchNorm",
-    "masks": "the dropout masks",
+    "masks": "what layers drew (dropout masks, noise)",
     "hints": "what an insider knows of the defense's own choices",
 }
 
@@ -268,6 +268,8 @@ def assumptions_in_words(experiment: Experiment, setup: Setup) -> tuple[str, ...
     if setup.task.drops:
         masks = "is told the masks" if "masks" in sees else "optimises the masks beside the images"
         sentences.append(f"Dropout is active; the attacker {masks}.")
+    if setup.task.noises:
+        sentences.append("The networks have noise inside, as a defense under which they were trained put there.")
     return tuple(sentences)
 
 
