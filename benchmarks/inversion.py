@@ -1,10 +1,13 @@
 """Model inversion: what its parts cost.
 
-    python benchmarks/inversion.py --part gan [--json FILE]
+    python benchmarks/inversion.py [--part gan|search] [--json FILE]
 
 ``gan``: steps of the discriminator, with the generator's share of a step, in Keyhole's training and in the loop as one
 would write it first (a pass for each batch, gradients to every weight that asks for one, the target asked in each step,
 Adam parameter by parameter). Both take turns, block by block; a ratio is that of the medians.
+
+``search``: steps that GMI takes per second of one core, with all classes and searches lifted together, against the loop
+as one would write it first: one class and one search after the other. Networks are untrained, which costs the same.
 """
 
 from __future__ import annotations
@@ -23,8 +26,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from keyhole.core.keys import new_key, uniform
+from keyhole.core.task import Bounds, Task, weights_of
+from keyhole.federation.norms import evaluating
 from keyhole.inversion import gan
 from keyhole.inversion.gan import SoftLabelSettings, WassersteinSettings
+from keyhole.inversion.gmi import GMI
+from keyhole.solve.invert import invert
 from keyhole.solve.threads import one_thread
 from keyhole.zoo.models import build_model
 
@@ -136,14 +143,73 @@ def part_gan(blocks: int) -> list[dict[str, Any]]:
     return rows
 
 
+def part_search(blocks: int) -> list[dict[str, Any]]:
+    """GMI at the sizes of the smoke and lean settings."""
+    rows = []
+    for name, settings, width, samples in (
+        ("gmi smoke", WassersteinSettings.smoke(), 32, 6),
+        ("gmi lean", WassersteinSettings.lean(), 64, 5),
+    ):
+        model = build_model("mcnn", input_shape=(1, 32, 32), num_classes=CLASSES, options={"width": width}, seed=0)
+        bounds = Bounds.of((0.0,), (1.0,))
+        task = evaluating(Task.of(model, (1, 32, 32), CLASSES, bounds, batchnorm="eval"))
+        game = gan._Wasserstein(PUBLIC, settings, new_key(0))
+        prior = gan.GAN(
+            gan.Generator.of(game.generator, settings.latent),
+            gan.Discriminator.of(game.discriminator),
+            gan.Facts(0, (), 0.0, False),
+        )
+        steps = 5
+        method = GMI(steps=steps)
+        weights = weights_of(model)
+
+        def lifted(number: int, method: GMI = method, task: Task = task, weights: Any = weights, n: int = samples,
+                   prior: Any = prior) -> None:  # fmt: skip
+            invert(method, task, [weights], prior, PUBLIC, n, [new_key(number)])
+
+        plain_model = model.eval().requires_grad_(False)
+
+        def plain(number: int, n: int = samples, net: nn.Module = plain_model, prior: Any = prior,
+                  steps: int = steps) -> None:  # fmt: skip
+            for label in range(CLASSES):
+                for _ in range(n):
+                    one_by_one(net, prior, label, steps)
+
+        fast, slow = turns(lifted, plain, blocks, 1)
+        made = CLASSES * samples
+        row = {"case": name, "images": made, "steps_per_second": steps * made / fast, "plain": steps * made / slow}
+        rows.append({**row, "ratio": slow / fast})
+        print(
+            f"{name:22} {steps * made / fast:8.1f} image steps/s   one at a time {steps * made / slow:8.1f}   "
+            f"ratio {slow / fast:5.2f}",
+            flush=True,
+        )
+    return rows
+
+
+def one_by_one(net: nn.Module, prior: Any, label: int, steps: int) -> Tensor:
+    """One search for one class, as one would write it first."""
+    z = torch.randn(1, prior.generator.latent)
+    velocity = torch.zeros_like(z)
+    for _ in range(steps):
+        z.requires_grad_(True)
+        image = prior.generator(z)
+        loss = -prior.discriminator(image).mean() + 100.0 * F.cross_entropy(net(image), torch.tensor([label]))
+        (slope,) = torch.autograd.grad(loss, z)
+        before, velocity = velocity, 0.9 * velocity - 2e-3 * slope
+        z = (z.detach() - 0.9 * before + 1.9 * velocity).clamp(-1.0, 1.0)
+    return z
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=["gan"], default="gan")
+    parser.add_argument("--part", choices=["gan", "search"], help="by default both")
     parser.add_argument("--blocks", type=int, default=5, help="blocks of five steps of each loop")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     with one_thread(torch.device("cpu")):
-        rows = part_gan(given.blocks)
+        parts = {"gan": part_gan, "search": part_search}
+        rows = [row for name in ([given.part] if given.part else parts) for row in parts[name](given.blocks)]
     if given.json is not None:
         given.json.write_text(json.dumps(rows, indent=2) + "\n")
 
