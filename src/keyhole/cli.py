@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import sys
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -55,7 +57,7 @@ KINDS: dict[str, Registry] = {
     "data": registry.DATASETS,
 }
 PAUSED = 3
-BACKENDS = ("lifted",)
+BACKENDS = ("lifted", "flower")
 
 
 @app.command("init")
@@ -117,7 +119,7 @@ def train_command(
     source: Annotated[str, typer.Argument(metavar="PRESET_OR_TOML", help="A training preset's name or file.")],
     out_dir: Annotated[Path | None, typer.Option("--out", help="Output folder; by default trainings/TITLE.")] = None,
     overrides: Annotated[list[str] | None, typer.Option("--set", help="Override a key: federation.rounds=5.")] = None,
-    backend: Annotated[str, typer.Option(help="What runs the clients: lifted (this process).")] = "lifted",
+    backend: Annotated[str, typer.Option(help="What runs the clients: lifted (this process) or flower.")] = "lifted",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
 ) -> None:
     """Train by federated learning under each defense: accuracy, cost, checkpoints. Run again to go on."""
@@ -125,7 +127,11 @@ def train_command(
         raise UnknownName("backend", backend, BACKENDS, "--backend")
     plan = load_training(source, overrides or [])
     folder = out_dir or Path("trainings") / plan.title
-    _print_training(plan, _interruptible(lambda bars: train(plan, folder, device=device, told=bars.training)), folder)
+    if backend == "flower":
+        run = _flower(device)
+    else:
+        run = partial(train, device=device)
+    _print_training(plan, _interruptible(lambda bars: run(plan, folder, told=bars.training)), folder)
 
 
 @app.command("frontier")
@@ -243,6 +249,17 @@ def _card(card: Card) -> dict[str, Any]:
 def _presets() -> list[dict[str, Any]]:
     known = {**presets(), **presets("training")}
     return [{"name": n, "summary": text.split("\n")[0].lstrip("# ")} for n, text in sorted(known.items())]
+
+
+def _flower(device: str) -> Callable[..., list[Trained]]:
+    """Training with Flower's simulation engine."""
+    if device != "cpu":
+        raise ConfigError("--backend flower trains on a CPU; leave out --device, or the backend.")
+    # Read when Flower is imported. In their own apps users decide about it.
+    os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+    from keyhole.fl.apps import train_in_flower
+
+    return train_in_flower
 
 
 _T = TypeVar("_T")

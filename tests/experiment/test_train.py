@@ -188,10 +188,10 @@ def test_differential_privacy_is_refused_where_an_image_counts_several_times_in_
 
 
 def test_held_out_images_are_never_trained_on(tmp_path: Path) -> None:
-    from keyhole.experiment.train import _Problem
+    from keyhole.experiment.train import Problem
 
     plan = plan_of()
-    problem = _Problem(plan, torch.device("cpu"))
+    problem = Problem(plan, torch.device("cpu"))
     own = {row.numpy().tobytes() for row in problem.inputs}
     assert len(problem.test[1]) == 60 and len(problem.labels) == 66
     assert sum(row.numpy().tobytes() in own for row in problem.test[0]) == 0

@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from keyhole.experiment.store import Store
 from keyhole.experiment.training import Told, silent
 from keyhole.experiment.training_plan import TrainingPlan
 from keyhole.federation.cache import write_whole
-from keyhole.federation.local import State
+from keyhole.federation.local import Round, State
 from keyhole.federation.states import AfterRound, accuracy, rounds
 from keyhole.federation.strategies import FedAvg, Memory, Noised
 from keyhole.solve.threads import one_thread
@@ -90,13 +91,20 @@ class Trained:
         return self.folder / f"round-{number:03d}.safetensors"
 
 
+Ask = Callable[[Trained, bool, Weights, int], Round]
+"""Runs the clients of a training's next round elsewhere: which training, whether under its defense, the global weights,
+and the number of rounds done."""
+
+
 def folder_of(plan: TrainingPlan, folder: Path, index: int, seed: int | str) -> Path:
     """Where the training of the ``index``-th defense lies."""
     names = "+".join(spec.name for spec in plan.defenses[index]) or "none"
     return folder / f"{index:02d}-{names}" / f"seed-{seed}"
 
 
-def train(plan: TrainingPlan, folder: Path, *, device: str = "cpu", told: Told = silent) -> list[Trained]:
+def train(
+    plan: TrainingPlan, folder: Path, *, device: str = "cpu", told: Told = silent, ask: Ask | None = None
+) -> list[Trained]:
     """Train what is missing in ``folder``; equal plans give equal networks, interrupted or not.
 
     Args:
@@ -104,23 +112,25 @@ def train(plan: TrainingPlan, folder: Path, *, device: str = "cpu", told: Told =
         folder: the output folder; made if needed.
         device: ``cpu`` or ``cuda``.
         told: told which training is how far.
+        ask: runs the clients of a round; by default this process does.
 
     Raises:
+        ConfigError: the other kind of clients began what is to be gone on with.
         ModelError: training diverged, or a defended client returned exactly the weights it got.
     """
     where = find_device(device)
     # Before the folder is claimed: bad input must leave nothing behind.
-    problem = _Problem(plan, where)
+    problem = Problem(plan, where)
     done = []
     with Store(folder) as store, one_thread(where):
         store.claim_config(plan.to_toml())
         for index, specs in enumerate(plan.defenses):
             for seed in plan.run.seeds:
-                done.append(problem.train(Trained(specs, seed, folder_of(plan, folder, index, seed)), told))
+                done.append(problem.train(Trained(specs, seed, folder_of(plan, folder, index, seed)), told, ask))
     return done
 
 
-class _Problem:
+class Problem:
     """What all trainings of a plan share: images, and how networks are made."""
 
     def __init__(self, plan: TrainingPlan, device: torch.device) -> None:
@@ -162,14 +172,15 @@ class _Problem:
     def _inputs(self, images: Tensor) -> Tensor:
         return self.bounds.from_pixels(images).to(self.device)
 
-    def _parts(self, seed: int) -> tuple[Tensor, ...]:
-        return self.federation.deal(self.labels.cpu(), fold_in(_key(seed), "clients"))
+    def parts(self, seed: int) -> tuple[Tensor, ...]:
+        """Which images each client has."""
+        return self.federation.deal(self.labels.cpu(), fold_in(training_key(seed), "clients"))
 
     def _check_bound(self, defense: Defense) -> None:
         """A guarantee for each image does not survive that one image counts several times in a step."""
         if defense.success_bound(0.5, 1) is None:
             return
-        smallest = min(len(part) for seed in self.plan.run.seeds for part in self._parts(seed))
+        smallest = min(len(part) for seed in self.plan.run.seeds for part in self.parts(seed))
         if smallest < self.federation.batch_size:
             raise ConfigError(
                 f"a client has {smallest} images, and federation.batch_size is {self.federation.batch_size}: under "
@@ -179,24 +190,32 @@ class _Problem:
     def seen(self, seed: int) -> int:
         """Most gradients in a round into which one image goes: a last batch is filled up with images of the epoch."""
         size = self.federation.batch_size
-        each = [1 if len(part) % size == 0 else 1 + -(-size // len(part)) for part in self._parts(seed)]
+        each = [1 if len(part) % size == 0 else 1 + -(-size // len(part)) for part in self.parts(seed)]
         return self.federation.epochs * max(each)
 
-    def train(self, run: Trained, told: Told) -> Trained:
-        """One training, from where it stopped."""
-        model = self._model(run.seed)
+    def begin(self, seed: int) -> tuple[nn.Module, Task, Weights]:
+        """The untrained network, what is trained without a defense, and the weights to begin with."""
+        model = self._model(seed)
         plain = Task.of(
             model, self.data.image_shape, self.data.num_classes, self.bounds, batchnorm="train_shared", dropout="active"
         ).to(self.device)
         start = weights_of(model)
-        start = Weights(*(map_tensors(lambda t: t.to(self.device), part) for part in start))
+        return model, plain, Weights(*(map_tensors(lambda t: t.to(self.device), part) for part in start))
+
+    def train(self, run: Trained, told: Told, ask: Ask | None = None) -> Trained:
+        """One training, from where it stopped."""
+        model, plain, start = self.begin(run.seed)
         defense = build_defense(run.defense) if run.defense else None
         task = plain if defense is None else defense.on_task(plain)
         run.seen = self.seen(run.seed)
         what = f"training {run.folder.parent.name}, seed {run.seed}"
-        key = _key(run.seed)
+        key = training_key(run.seed)
         strategy = self._server(run.defense, key)
         weights, memory, states = _resume(run, start) or (start, None, None)
+        if 1 < len(run.rounds) <= self.federation.rounds and bool(states) is (ask is not None):
+            begun, now = ("lifted", "flower") if states else ("flower", "lifted")
+            raise ConfigError(f"'{run.folder}' was begun with --backend {begun}; --backend {now} cannot go on with it.")
+        clients, bare_clients = (partial(ask, run, defended) if ask else None for defended in (True, False))
         if not run.rounds:
             run.rounds.append(AfterTraining(0, accuracy(task, start, *self.test)))
             _keep(run, model, start, strategy.begin(start), ())
@@ -204,13 +223,14 @@ class _Problem:
         given: dict[str, Any] = {"public": self.public, "strategy": strategy}
         steps = rounds(
             task, weights, self.inputs, self.labels, self.federation, key, done=len(run.rounds) - 1,
-            defense=defense, memory=memory, states=states or None, **given,
+            defense=defense, memory=memory, states=states or None, clients=clients, **given,
         )  # fmt: skip
         for after in steps:
             assert after.clients is not None and after.memory is not None
             if defense is not None:
                 _guard(run, before, after)
             if defense is not None and after.number == 1:
+                given["clients"] = bare_clients
                 bare = next(rounds(plain, start, self.inputs, self.labels, self.federation, key, **given))
                 run.changed = _changed(before, after, bare)
             run.rounds.append(_account(before, after, accuracy(task, after.weights, *self.test)))
@@ -239,7 +259,8 @@ class _Problem:
         )
 
 
-def _key(seed: int) -> Tensor:
+def training_key(seed: int) -> Tensor:
+    """All of a training's randomness."""
     return fold_in(new_key(seed), "training")
 
 
@@ -312,16 +333,17 @@ def _keep(run: Trained, model: nn.Module, weights: Weights, memory: Memory, stat
     """The global network in a file of its own, then everything that the next round needs, each atomically."""
     known = model.state_dict().keys()
     whole = {**weights.params, **weights.buffers}
-    _write(run.checkpoint(run.rounds[-1].round), {name: whole[name] for name in whole if name in known}, {})
+    write_tensors(run.checkpoint(run.rounds[-1].round), {name: whole[name] for name in whole if name in known}, {})
     parts = {"params": weights.params, "buffers": weights.buffers}
     parts |= {f"server:{kind}": tensors for kind, tensors in memory.items()}
     parts |= {f"client:{c}:{place}": kept for c, state in enumerate(states) for place, kept in state.items()}
     account = {"rounds": [asdict(row) for row in run.rounds], "changed": run.changed, "clients": len(states)}
     named = {f"{part}/{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
-    _write(run.folder / _PROGRESS, named, {_ACCOUNT: json.dumps(account)})
+    write_tensors(run.folder / _PROGRESS, named, {_ACCOUNT: json.dumps(account)})
 
 
-def _write(path: Path, tensors: Tensors, metadata: dict[str, str]) -> None:
+def write_tensors(path: Path, tensors: Tensors, metadata: dict[str, str]) -> None:
+    """A safetensors file, whole or not at all."""
     from safetensors.torch import save
 
     data = save({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, metadata=metadata)

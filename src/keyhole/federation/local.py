@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -67,7 +68,9 @@ class Round(NamedTuple):
     loss: Tensor
     """Mean training loss over each client's steps, before each step, of shape (clients,)."""
     states: tuple[State, ...]
-    """What the defense keeps of each client for the next round."""
+    """What the defense keeps of each client for the next round; empty where clients keep it themselves."""
+    seconds: float = math.nan
+    """Mean wall time of a client, where clients measured it."""
 
 
 def train_round(
@@ -84,6 +87,7 @@ def train_round(
     defense: Defense | None = None,
     states: Sequence[State] | None = None,
     public: Batch | None = None,
+    clients: Sequence[int] | None = None,
 ) -> Round:
     """Train every client from the same weights for one round.
 
@@ -115,18 +119,20 @@ def train_round(
         defense: what clients do to protect their images.
         states: what the last round returned for the defense, of the same clients with the same images.
         public: public images with labels, for the defense.
+        clients: the number of each client, which its randomness follows from; by default its place in ``parts``.
     """
-    for client, part in enumerate(parts):
+    clients = range(len(parts)) if clients is None else clients
+    for client, part in zip(clients, parts, strict=True):
         if len(part) == 0:
             raise ConfigError(f"client {client} has no images; every client of a round needs at least one.")
     together = default_together(inputs.device) if together is None else together
     check_range("together", together, 1)
-    keys = [fold_in(key, f"client {client}") for client in range(len(parts))]
+    keys = [fold_in(key, f"client {client}") for client in clients]
     before = [dict(state) for state in states] if states else [{} for _ in parts]
     step = _plain_step(recording(task))
     if defense is not None:
         ctx = Context(task, weights, key, round=number, again=states is not None, public=public)
-        inputs, targets, parts, before = _defend_images(defense, ctx, inputs, targets, parts, keys, before)
+        inputs, targets, parts, before = _defend_images(defense, ctx, inputs, targets, parts, keys, before, clients)
         step = _defended_step(defense, ctx)
     plans = [_plan(part.to(inputs.device), local, own) for part, own in zip(parts, keys, strict=True)]
     # Longest first: whoever has finished is then always at the end of a group.
@@ -313,14 +319,15 @@ def _defend_images(
     parts: Sequence[Tensor],
     keys: Sequence[Key],
     states: Sequence[State],
+    clients: Sequence[int],
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...], list[State]]:
     """Images and labels as the defense wants them trained on, whose they are, and what it keeps of each client."""
     changed: list[Batch] = []
     kept: list[State] = []
-    for client, part in enumerate(parts):
+    for client, part, key, state in zip(clients, parts, keys, states, strict=True):
         rows = part.to(inputs.device)
-        own = fold_in(keys[client], "defense").to(inputs.device)
-        ctx = _context(round_ctx, own, states[client], client=client)
+        own = fold_in(key, "defense").to(inputs.device)
+        ctx = _context(round_ctx, own, state, client=client)
         share = torch.full((len(rows),), 1.0 / len(rows), dtype=targets.dtype, device=inputs.device)
         changed.append(defense.on_batch(Batch(inputs[rows], targets[rows], share), ctx))
         kept.append(ctx.state)

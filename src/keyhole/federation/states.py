@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -23,6 +23,10 @@ from keyhole.federation.strategies import FedAvg, Memory
 
 Progress = Callable[[int, int, float], None]
 """Called after each round with the rounds done, the rounds to do and the round's mean training loss."""
+
+Clients = Callable[[Weights, int], Round]
+"""Runs all clients of a round elsewhere, from the global weights and the number of rounds done; they keep their own
+defense's state."""
 
 _SLICE = 256
 """Images in one forward pass of an evaluation."""
@@ -64,9 +68,12 @@ class Federation:
         check_range("alpha", 1.0 if self.alpha is None else self.alpha, 0, open_low=True)
         self.local()
 
-    def local(self) -> LocalTraining:
+    def local(self, strategy: FedAvg | None = None) -> LocalTraining:
         """What each client does in a round."""
-        return LocalTraining(self.epochs, self.lr, self.batch_size, self.momentum, self.weight_decay, self.clip)
+        proximal = strategy.proximal if strategy is not None else 0.0
+        return LocalTraining(
+            self.epochs, self.lr, self.batch_size, self.momentum, self.weight_decay, self.clip, proximal
+        )
 
     def deal(self, labels: Tensor, key: Key) -> tuple[Tensor, ...]:
         """Row indices of each client."""
@@ -98,7 +105,7 @@ class AfterRound(NamedTuple):
     memory: Memory | None = None
     """What the server keeps for the next round."""
     seconds: float = math.nan
-    """Wall time of a client's round, its defense included: that of all clients by their number."""
+    """Wall time of a client's round, its defense included: as clients measured it, or that of all by their number."""
 
 
 def federate(
@@ -160,6 +167,7 @@ def rounds(
     strategy: FedAvg | None = None,
     memory: Memory | None = None,
     states: Sequence[State] | None = None,
+    clients: Clients | None = None,
 ) -> Iterator[AfterRound]:
     """The same, round by round.
 
@@ -178,19 +186,23 @@ def rounds(
         strategy: what the server does; by default it averages.
         memory: what the server kept after the rounds that are done.
         states: what the defense kept of each client after them.
+        clients: runs the clients of a round, as `train_round` would; by default that does it here.
     """
     strategy = strategy or FedAvg()
     memory = strategy.begin(weights) if memory is None else memory
-    local = replace(federation.local(), proximal=strategy.proximal)
+    local = federation.local(strategy)
     parts = federation.deal(labels.cpu(), fold_in(key, "clients"))
     targets = torch.nn.functional.one_hot(labels, task.num_classes).to(inputs.device, inputs.dtype)
     for number in range(done, federation.rounds):
         began = time.perf_counter()
-        trained = train_round(
-            task, weights, inputs, targets, parts, local, fold_in(fold_in(key, "round"), number),
-            number=number, together=together, defense=defense, states=states, public=public,
-        )  # fmt: skip
-        seconds = (time.perf_counter() - began) / len(parts)
+        if clients is not None:
+            trained = clients(weights, number)
+        else:
+            trained = train_round(
+                task, weights, inputs, targets, parts, local, round_key(key, number),
+                number=number, together=together, defense=defense, states=states, public=public,
+            )  # fmt: skip
+        seconds = (time.perf_counter() - began) / len(parts) if math.isnan(trained.seconds) else trained.seconds
         states = trained.states
         weights, memory = strategy.aggregate(weights, trained.weights, trained.examples, memory)
         share = trained.examples.double() / trained.examples.sum()
@@ -198,6 +210,11 @@ def rounds(
         if not all(bool(torch.isfinite(t).all()) for t in (torch.tensor(loss), *weights.params.values())):
             raise ModelError(f"training diverged in round {number + 1} with lr = {federation.lr:g}; lower it.")
         yield AfterRound(number + 1, weights, loss, trained, memory, seconds)
+
+
+def round_key(key: Key, number: int) -> Key:
+    """The randomness of one round's clients."""
+    return fold_in(fold_in(key, "round"), number)
 
 
 @torch.no_grad()
