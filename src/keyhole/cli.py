@@ -127,10 +127,7 @@ def train_command(
         raise UnknownName("backend", backend, BACKENDS, "--backend")
     plan = load_training(source, overrides or [])
     folder = out_dir or Path("trainings") / plan.title
-    if backend == "flower":
-        run = _flower(device)
-    else:
-        run = partial(train, device=device)
+    run = _flower(device) if backend == "flower" else partial(train, device=device)
     _print_training(plan, _interruptible(lambda bars: run(plan, folder, told=bars.training)), folder)
 
 

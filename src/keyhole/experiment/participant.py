@@ -25,7 +25,7 @@ from keyhole.solve.threads import one_thread
 def take_part(
     problem: Problem, specs: Sequence[Spec], seed: int, number: int, client: int, sent: Tensors, folder: Path
 ) -> Round:
-    """What one client does in a round: the same, bit for bit, as among others in `keyhole.federation.local.train_round`.
+    """What one client does in a round: to the last bit what it does among others in `train_round`.
 
     Args:
         problem: the training's images and settings; the client takes its own part of the images.
@@ -51,11 +51,11 @@ def take_part(
         states = [_kept(_file(folder, client, number))] if number else None
     targets = one_hot(problem.labels, task.num_classes).to(problem.inputs)
     weights = Weights(*({name: sent[name].to(problem.device) for name in part} for part in start))
+    local, parts = problem.federation.local(problem.plan.federation.server()), [problem.parts(seed)[client]]
     with one_thread(problem.device):
         trained = train_round(
-            task, weights, problem.inputs, targets, [problem.parts(seed)[client]], problem.federation.local(problem.plan.federation.server()),
-            round_key(training_key(seed), number), number=number, together=1, defense=defense, states=states,
-            public=problem.public, clients=[client],
+            task, weights, problem.inputs, targets, parts, local, round_key(training_key(seed), number), number=number,
+            together=1, defense=defense, states=states, public=problem.public, clients=[client],
         )  # fmt: skip
     if defense is not None:
         _keep(folder, client, number + 1, trained.states[0])

@@ -245,6 +245,6 @@ def _metrics(reply: Message) -> MetricRecord:
     return reply.content.metric_records["metrics"]
 
 
-def _sentence(reason: str) -> str:
-    first = reason.strip().split("\n")[0]
+def _sentence(reason: str | None) -> str:
+    first = (reason or "it gave no reason").strip().split("\n")[0]
     return first if first.endswith(".") else f"{first}."
