@@ -24,7 +24,7 @@ from keyhole.solve.threads import one_thread
 
 def take_part(
     problem: Problem, specs: Sequence[Spec], seed: int, number: int, client: int, sent: Tensors, folder: Path
-) -> Round:
+) -> tuple[Round, float]:
     """What one client does in a round: to the last bit what it does among others in `train_round`.
 
     Args:
@@ -37,7 +37,7 @@ def take_part(
         folder: where the client keeps its files.
 
     Returns:
-        A round of one client; its state is in the folder alone.
+        A round of one client, whose state is in the folder alone, and its seconds.
 
     Raises:
         StoreError: what was kept after the round before is missing or damaged.
@@ -59,7 +59,7 @@ def take_part(
         )  # fmt: skip
     if defense is not None:
         _keep(folder, client, number + 1, trained.states[0])
-    return trained._replace(states=(), seconds=time.perf_counter() - began)
+    return trained._replace(states=()), time.perf_counter() - began
 
 
 def _file(folder: Path, client: int, done: int) -> Path:

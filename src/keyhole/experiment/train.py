@@ -91,9 +91,9 @@ class Trained:
         return self.folder / f"round-{number:03d}.safetensors"
 
 
-Ask = Callable[[Trained, bool, Weights, int], Round]
-"""Runs the clients of a training's next round elsewhere: which training, whether under its defense, the global weights,
-and the number of rounds done."""
+Ask = Callable[[Trained, bool, Weights, int], tuple[Round, float]]
+"""`keyhole.federation.states.Clients` of any training: which one, whether under its defense, the global weights, and the
+number of rounds done."""
 
 
 def folder_of(plan: TrainingPlan, folder: Path, index: int, seed: int | str) -> Path:

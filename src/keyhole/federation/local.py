@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -69,8 +68,6 @@ class Round(NamedTuple):
     """Mean training loss over each client's steps, before each step, of shape (clients,)."""
     states: tuple[State, ...]
     """What the defense keeps of each client for the next round; empty where clients keep it themselves."""
-    seconds: float = math.nan
-    """Mean wall time of a client, where clients measured it."""
 
 
 def train_round(

@@ -24,9 +24,9 @@ from keyhole.federation.strategies import FedAvg, Memory
 Progress = Callable[[int, int, float], None]
 """Called after each round with the rounds done, the rounds to do and the round's mean training loss."""
 
-Clients = Callable[[Weights, int], Round]
-"""Runs all clients of a round elsewhere, from the global weights and the number of rounds done; they keep their own
-defense's state."""
+Clients = Callable[[Weights, int], tuple[Round, float]]
+"""Runs all clients of a round elsewhere, from the global weights and the number of rounds done: what they send, without
+states, which they keep themselves, and the mean seconds of one."""
 
 _SLICE = 256
 """Images in one forward pass of an evaluation."""
@@ -196,13 +196,13 @@ def rounds(
     for number in range(done, federation.rounds):
         began = time.perf_counter()
         if clients is not None:
-            trained = clients(weights, number)
+            trained, seconds = clients(weights, number)
         else:
             trained = train_round(
                 task, weights, inputs, targets, parts, local, round_key(key, number),
                 number=number, together=together, defense=defense, states=states, public=public,
             )  # fmt: skip
-        seconds = (time.perf_counter() - began) / len(parts) if math.isnan(trained.seconds) else trained.seconds
+            seconds = (time.perf_counter() - began) / len(parts)
         states = trained.states
         weights, memory = strategy.aggregate(weights, trained.weights, trained.examples, memory)
         share = trained.examples.double() / trained.examples.sum()

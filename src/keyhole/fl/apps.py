@@ -127,7 +127,7 @@ class Server:
     def ask(self, grid: Grid) -> Ask:
         """Runs a round's clients on a grid: all nodes get the same message, and say which client they are."""
 
-        def ask(run: Trained, defended: bool, weights: Weights, number: int) -> Round:
+        def ask(run: Trained, defended: bool, weights: Weights, number: int) -> tuple[Round, float]:
             index = self.plan.defenses.index(run.defense if defended else ())
             sent = to_record({**weights.params, **weights.buffers})
             # The number as Flower's strategies give it, from 1.
@@ -192,7 +192,7 @@ def _answer(toml: str, folder: Path, message: Message, context: Context) -> Reco
     problem, config = _problem(toml), message.content.config_records["config"]
     index, seed, number = (int(str(config[name])) for name in ("defense", "seed", "server-round"))
     client = client_number(context)
-    trained = take_part(
+    trained, seconds = take_part(
         problem,
         problem.plan.defenses[index],
         seed,
@@ -207,7 +207,7 @@ def _answer(toml: str, folder: Path, message: Message, context: Context) -> Reco
             "client": client,
             "num-examples": int(trained.examples[0]),
             "loss": float(trained.loss[0]),
-            "seconds": trained.seconds,
+            "seconds": seconds,
         }
     )
     return RecordDict({"arrays": to_record(own), "metrics": metrics})
@@ -219,8 +219,8 @@ def _problem(toml: str) -> Problem:
     return Problem(parse_training(tomllib.loads(toml)), torch.device("cpu"))
 
 
-def _round(replies: Iterable[Message], like: Weights, number: int, clients: int) -> Round:
-    """Replies by client, in whatever order they came, as the strategy takes them."""
+def _round(replies: Iterable[Message], like: Weights, number: int, clients: int) -> tuple[Round, float]:
+    """Replies by client, in whatever order they came, as the strategy takes them, and the mean seconds of a client."""
     by_client = {int(str(_metrics(reply)["client"])): reply for reply in replies}
     if sorted(by_client) != list(range(clients)):
         raise ModelError(f"in round {number + 1} clients {sorted(by_client)} answered; 0 to {clients - 1} should have.")
@@ -232,13 +232,10 @@ def _round(replies: Iterable[Message], like: Weights, number: int, clients: int)
     def stacked(part: Tensors) -> Tensors:
         return {name: torch.stack([tensors[name] for tensors in sent]).to(like) for name, like in part.items()}
 
-    return Round(
-        Weights(stacked(like.params), stacked(like.buffers)),
-        torch.tensor([int(count) for count in numbers["num-examples"]]),
-        torch.tensor(numbers["loss"], dtype=torch.float64),
-        (),
-        sum(numbers["seconds"]) / clients,
-    )
+    weights = Weights(stacked(like.params), stacked(like.buffers))
+    examples = torch.tensor([int(count) for count in numbers["num-examples"]])
+    loss = torch.tensor(numbers["loss"], dtype=torch.float64)
+    return Round(weights, examples, loss, ()), sum(numbers["seconds"]) / clients
 
 
 def _metrics(reply: Message) -> MetricRecord:
