@@ -92,8 +92,8 @@ class Trained:
 
 
 Ask = Callable[[Trained, bool, Weights, int], tuple[Round, float]]
-"""`keyhole.federation.states.Clients` of any training: which one, whether under its defense, the global weights, and the
-number of rounds done."""
+"""`keyhole.federation.states.Clients` of any training: which one, whether under its defense, the global weights, and
+the number of rounds done."""
 
 
 def folder_of(plan: TrainingPlan, folder: Path, index: int, seed: int | str) -> Path:
@@ -152,6 +152,7 @@ class Problem:
             )
         self.plan, self.data, self.device = plan, data, device
         self.federation = plan.federation.federation()
+        self._parts: dict[int, tuple[Tensor, ...]] = {}
         name, normalize = plan.model.name, plan.model.normalize
         if normalize is None:
             normalize = bool(MODELS.card(name).facts.get("normalize", False)) if name is not None else False
@@ -174,7 +175,14 @@ class Problem:
 
     def parts(self, seed: int) -> tuple[Tensor, ...]:
         """Which images each client has."""
-        return self.federation.deal(self.labels.cpu(), fold_in(training_key(seed), "clients"))
+        if seed not in self._parts:
+            parts = self.federation.deal(self.labels.cpu(), fold_in(training_key(seed), "clients"))
+            left = len(self.labels) - sum(len(part) for part in parts)
+            if left:
+                how = f'partition = "{self.plan.federation.partition}"'
+                warnings.warn(f"{left} of {len(self.labels)} training images go to no client: {how}.", stacklevel=2)
+            self._parts[seed] = parts
+        return self._parts[seed]
 
     def _check_bound(self, defense: Defense) -> None:
         """A guarantee for each image does not survive that one image counts several times in a step."""
