@@ -65,7 +65,9 @@ def train_in_flower(plan: TrainingPlan, folder: Path, *, told: Told = silent) ->
     logging.getLogger("flwr").setLevel(logging.CRITICAL)
     clients = plan.federation.clients
     server = Server(plan, folder, told)
-    init = {"num_cpus": min(clients, os.cpu_count() or 1), "logging_level": "ERROR", "log_to_driver": False}
+    # Its own Ray: by default it would join whatever cluster was started on this machine.
+    init = {"address": "local", "num_cpus": min(clients, os.cpu_count() or 1)}
+    init |= {"logging_level": "ERROR", "log_to_driver": False}
     config = {"init_args": init, "client_resources": {"num_cpus": 1, "num_gpus": 0.0}}
     try:
         run_simulation(server.app(), client_app(plan, folder), clients, backend_config=config)  # type: ignore[arg-type]
