@@ -26,7 +26,7 @@ import keyhole.defenses  # noqa: F401  (fills the registry)
 from keyhole.core.defense import Defense, chain
 from keyhole.core.keys import fold_in, new_key
 from keyhole.core.registry import DEFENSES
-from keyhole.core.task import Bounds, Task, weights_of
+from keyhole.core.task import Bounds, Task, fit_weights, weights_of
 from keyhole.core.types import Batch
 from keyhole.federation.states import Federation, accuracy, federate
 from keyhole.zoo.datasets import load_data
@@ -72,8 +72,9 @@ def test_accuracy(words: str, seed: int, rounds: int, network: str) -> float:
     defense = read_defense(words)
     task = defense.on_task(task)
     trained = federate(
-        task, weights_of(model), data.train.images, data.train.labels, Federation(rounds=rounds, clients=CLIENTS),
-        fold_in(new_key(seed), "utility"), defense=defense if words else None, public=public,
+        task, fit_weights(task, weights_of(model)), data.train.images, data.train.labels,
+        Federation(rounds=rounds, clients=CLIENTS), fold_in(new_key(seed), "utility"),
+        defense=defense if words else None, public=public,
     )  # fmt: skip
     return 100.0 * accuracy(task, trained, data.target.images, data.target.labels)
 

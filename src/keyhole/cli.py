@@ -29,6 +29,7 @@ from keyhole.errors import ConfigError, KeyholeError, UnknownName
 from keyhole.experiment.audit import SETTING, audit
 from keyhole.experiment.dryrun import dry_run
 from keyhole.experiment.frontier import frontier
+from keyhole.experiment.invert import invert_rounds
 from keyhole.experiment.layers import with_layers
 from keyhole.experiment.plan import Group
 from keyhole.experiment.prospect import in_words
@@ -49,6 +50,7 @@ err = Console(stderr=True)
 
 KINDS: dict[str, Registry] = {
     "attacks": registry.ATTACKS,
+    "inversions": registry.INVERSIONS,
     "defenses": registry.DEFENSES,
     "labels": registry.LABELS,
     "controls": registry.CONTROLS,
@@ -153,6 +155,31 @@ def frontier_command(
     _print_table([(*line[:3], *line[5:7]) for line in table])
     for said in (*remarks(done), report.verdict):
         out.print(f"\n{said}", highlight=False, markup=False)
+    out.print(f"\nReport: {html.resolve()}", highlight=False, soft_wrap=True)
+
+
+@app.command("invert")
+def invert_command(
+    source: Annotated[str, typer.Argument(metavar="PRESET_OR_TOML", help="A training preset or file with [invert].")],
+    out_dir: Annotated[Path | None, typer.Option("--out", help="Output folder; by default inversions/TITLE.")] = None,
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="Override a key: invert.samples=10.")] = None,
+    jobs: Annotated[int, typer.Option(min=0, help="Worker processes of an [audit]; 0: one a core.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+) -> None:
+    """Train, then draw private classes from the global network of chosen rounds; with [audit], attack updates too."""
+    from keyhole.report.inversion import update_leaks, write_inversions
+    from keyhole.report.names import defense_name
+
+    plan = load_training(source, overrides or [])
+    folder = out_dir or Path("inversions") / plan.title
+    found = _interruptible(lambda bars: invert_rounds(plan, folder, device=device, told=bars.training))
+    updates = None
+    if plan.audit is not None and found.trained:
+        _interruptible(lambda bars: frontier(plan, folder, name=defense_name, jobs=jobs, device=device, progress=bars))
+        updates = update_leaks(plan, found.trained, folder)
+    table, verdict, html = write_inversions(found, folder, updates)
+    _print_table([(*line[:6], *line[10:13]) for line in table])
+    out.print(f"\n{verdict}", highlight=False, markup=False)
     out.print(f"\nReport: {html.resolve()}", highlight=False, soft_wrap=True)
 
 

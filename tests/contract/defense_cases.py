@@ -14,6 +14,14 @@ CASES: dict[str, list[dict[str, Any]]] = {
     ],
     "user_dp": [{"clip": 0.05}],
     "clip": [{"norm": 0.05}, {"norm": 0.1, "scale": "update"}],
+    "bido": [{"smallest": 2}, {"measure": "coco", "inputs": 1.0, "labels": 50.0, "smallest": 2, "layers": "0"}],
+    "mid": [{}, {"beta": 0.01, "width": 5, "eval_mean": False}],
+    # Two images' normalised HSIC is nearly 1 whatever they are, and so only large weights and widths are seen.
+    "mid_unilateral": [
+        {"weight": 50.0, "smallest": 2},
+        {"weight": 500.0, "measure": "hsic", "sigma": 50.0, "smallest": 2},
+    ],
+    "neg_label_smoothing": [{}, {"smoothing": -0.5, "start": 3, "full": 9}],
     "concealing": [{"start": "noise", "steps": 4}, {"start": "noise", "steps": 4, "variant": "strict"}],
     "prune": [{"rate": 0.5}, {"rate": 0.3, "per": "global"}],
     "withhold": [{"layers": "0"}, {"layers": "0.bias"}],
@@ -33,6 +41,9 @@ CASES: dict[str, list[dict[str, Any]]] = {
 NEUTRAL: dict[str, list[dict[str, Any]]] = {
     "user_dp": [{"clip": 1e9}],
     "withhold": [{"layers": ""}],
+    "bido": [{"inputs": 0.0, "labels": 0.0}, {}],
+    "mid_unilateral": [{"weight": 0.0}, {}],
+    "neg_label_smoothing": [{"smoothing": 0.0}],
     "laplace_noise": [{"b": 0.0}, {"b": 0.0, "scale": "rms"}],
     "top_k": [{"rate": 0.0}, {"rate": 0.0, "momentum": 0.9}, {"rate": 0.0, "feedback": False}],
     "gaussian_noise": [{"std": 0.0}, {"std": 0.0, "scale": "rms"}],
@@ -41,9 +52,9 @@ NEUTRAL: dict[str, list[dict[str, Any]]] = {
     "soteria": [{"rate": 0.0}, {"rate": 0.0, "live_only": True}],
     "random_masking": [{"rate": 0.0}, {"rate": 0.0, "granularity": "channel"}, {"rate": 0.0, "rescale": True}],
 }
-"""Options under which a defense leaves every update exactly as it is."""
+"""Options under which a defense leaves every update of two images exactly as it is."""
 
-DRAWS = {"concealing", "dp_sgd", "gaussian_noise", "laplace_noise", "obscuring", "quantize", "random_masking"}
+DRAWS = {"concealing", "dp_sgd", "gaussian_noise", "laplace_noise", "mid", "obscuring", "quantize", "random_masking"}
 """Defenses that use randomness under some of their options."""
 
 LAST = {"interval", "signs"}

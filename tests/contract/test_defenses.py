@@ -59,6 +59,7 @@ def large(seed: int = 0) -> Tensors:
 
 def sent(bench: Any, defense: Defense, batch: Batch, key: Tensor = KEY, rule: ClientRule | None = None) -> Tensors:
     """What leaves a client after one round."""
+    bench = bench.under(defense)
     threat = ThreatModel(rule or SingleGradient(), batch_size=len(batch.inputs))
     (seen,) = observe(bench.task, threat, defense, bench.weights, (batch,), key, bench.public)
     update: Tensors = seen.update
@@ -144,7 +145,7 @@ def test_randomness_is_fresh_for_each_key_and_the_same_for_the_same(case: Case, 
 
 @each_case
 def test_two_rounds_of_one_batch_differ_where_there_is_randomness_or_memory(case: Case, bench: Any) -> None:
-    batch = bench.batch(2)
+    batch, bench = bench.batch(2), bench.under(build(case))
     first, second = observe(
         bench.task, ThreatModel(batch_size=2), build(case), bench.weights, (batch, batch), KEY, bench.public
     )
@@ -170,6 +171,7 @@ RULES = [SingleGradient(), LocalSGD(2, 0.3, 2)]
 @each_case
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_a_round_changes_what_is_sent_and_nothing_else(case: Case, rule: ClientRule, bench: Any) -> None:
+    bench = bench.under(build(case))  # so that the plain client has this model, too
     batch = bench.batch(3)
     given = [t.clone() for t in (*batch, *bench.weights.params.values())]
     out, plain = sent(bench, build(case), batch, rule=rule), sent(bench, chain(), batch, rule=rule)
@@ -191,6 +193,7 @@ def test_a_chain_of_one_sends_the_same_bits(case: Case, bench: Any) -> None:
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_rounds_lifted_equal_rounds_looped(case: Case, rule: ClientRule, bench: Any) -> None:
     defense, secrets = build(case), bench.secrets(3, 2)
+    bench = bench.under(defense)
     (lifted,) = bench.see(secrets, ThreatModel(rule, batch_size=2), defense, seed=5)
     keys = split(fold_in(new_key(5), "test client"), 3)
     for i in range(3):
@@ -221,8 +224,9 @@ def test_every_defense_comes_with_a_counter(case: Case) -> None:
 
 def truth_loss(bench: Any, defense: Defense, counter: Counter, size: int, key: Tensor) -> tuple[Tensor, Tensors]:
     """The matching loss at the true batch, by the attacker's own simulation and comparison."""
-    threat = ThreatModel(batch_size=size, counter=counter, sees=frozenset({"weights", "update", "hints"}))
-    batch = bench.batch(size)
+    # What layers draw is told, as it is wherever something is promised of the truth.
+    threat = ThreatModel(batch_size=size, counter=counter, sees=frozenset({"weights", "update", "hints", "masks"}))
+    bench, batch = bench.under(defense), bench.batch(size)
     (seen,) = observe(bench.task, threat, defense, bench.weights, (batch,), key, bench.public)
     facts = counter.facts(bench.task, (seen,))
     unknowns = counter.unknowns(bench.task, (seen,), KEY)

@@ -20,8 +20,9 @@ from keyhole.core.task import Bounds, Task, weights_of
 from keyhole.core.types import Weights
 from keyhole.errors import ModelError, StoreError
 from keyhole.federation import cache
-from keyhole.federation.cache import Facts, cache_folder, trained_state
+from keyhole.federation.cache import Facts, trained_state
 from keyhole.federation.states import Federation, Progress, accuracy, federate
+from keyhole.solve.files import cache_folder
 
 SHAPE, CLASSES = (1, 4, 4), 3
 SETTINGS = Federation(rounds=4, clients=2, batch_size=4)

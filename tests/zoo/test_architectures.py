@@ -26,12 +26,16 @@ torch.set_num_threads(1)
 SHAPES = [(3, 32, 32), (1, 28, 28), (1, 9, 14)]
 NARROW: dict[str, dict[str, Any]] = {
     "convnet": {"width": 2},
+    "mcnn": {"width": 2},
     "mlp": {"hidden": 8},
     "resnet18": {"width": 4},
     "resnet20": {"width": 2},
     "resnet32": {"width": 2},
+    "scnn": {"width": 2},
 }
 """Options that make a network small, where it has them."""
+LARGE = {"mcnn": (1, 32, 32), "scnn": (1, 32, 32)}
+"""The smallest images of networks that need larger ones than the tests have."""
 NAMES = [card.name for card in MODELS]
 VARIANTS = [
     *((name, {}) for name in NAMES),
@@ -74,8 +78,10 @@ def uniform(*shape: int, seed: int = 0) -> Tensor:
 # Every network
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [(name, shape) for name in NAMES for shape in SHAPES if name not in LARGE or min(shape[1:]) >= LARGE[name][1]],
+)
 def test_every_model_makes_a_task(name: str, shape: tuple[int, ...]) -> None:
     model = build(name, shape, 5, **NARROW.get(name, {}))
     assert model(torch.rand(2, *shape)).shape == (2, 5)
@@ -90,7 +96,7 @@ def batches(trials: int, shape: tuple[int, ...], classes: int) -> tuple[Tensor, 
 @pytest.mark.parametrize(("name", "options"), VARIANTS)
 def test_matching_lifts_over_images_and_networks(name: str, options: dict[str, Any]) -> None:
     """What an attack needs: gradients of a gradient's distance, for several networks at once as one by one."""
-    shape, classes, trials = (1, 9, 9), 4, 3
+    shape, classes, trials = LARGE.get(name, (1, 9, 9)), 4, 3
     models = [
         build(name, shape, classes, seed=seed, **NARROW.get(name, {}), **options).double() for seed in range(trials)
     ]
@@ -124,9 +130,10 @@ def test_matching_lifts_over_images_and_networks(name: str, options: dict[str, A
 
 @pytest.mark.parametrize("name", NAMES)
 def test_forward_and_backward_leave_their_inputs_alone(name: str) -> None:
-    model = build(name, (1, 9, 9), 4, **NARROW.get(name, {})).eval()
+    shape = LARGE.get(name, (1, 9, 9))
+    model = build(name, shape, 4, **NARROW.get(name, {})).eval()
     assert not any(getattr(module, "inplace", False) for module in model.modules())
-    images = torch.rand(2, 1, 9, 9, requires_grad=True)
+    images = torch.rand(2, *shape, requires_grad=True)
     before, version = images.detach().clone(), images._version
     model(images).sum().backward()
     assert torch.equal(images.detach(), before) and images._version == version
@@ -134,7 +141,7 @@ def test_forward_and_backward_leave_their_inputs_alone(name: str) -> None:
 
 
 def test_cards() -> None:
-    raw = {"lenet_zhu", "lenet_zhu4"}
+    raw = {"lenet_zhu", "lenet_zhu4", "mcnn", "scnn"}
     assert {card.name for card in MODELS if not card.facts["normalize"]} == raw
     assert {"convnet", "mlp", "cnn6", *BLOCKS} <= set(NAMES)
     assert all(card.summary and card.link for card in MODELS)
@@ -149,6 +156,10 @@ def test_cards() -> None:
         ("resnet18", (1, 7, 8), {}, ModelError, r"'resnet18'.*\(1, 7, 8\).*at least 8 pixels"),
         ("cnn6", (1, 7, 7), {}, ModelError, r"'cnn6'.*\(1, 7, 7\).*at least 8 pixels"),
         ("cnn6", (0, 8, 8), {}, ModelError, r"'cnn6'.*\(0, 8, 8\)"),
+        ("mcnn", (1, 28, 28), {}, ModelError, r"'mcnn'.*\(1, 28, 28\).*at least 32 pixels. Set data.size"),
+        ("scnn", (1, 32, 31), {}, ModelError, r"'scnn'.*\(1, 32, 31\).*at least 32 pixels"),
+        ("mcnn", (1, 32, 32), {"width": 0}, ConfigError, "model.width is 0"),
+        ("scnn", (1, 32, 32), {"width": 0}, ConfigError, "model.width is 0"),
         ("lenet_zhu", (12,), {}, ModelError, r"\(12,\).*channels, height, width"),
         ("lenet_zhu4", (12,), {}, ModelError, r"'lenet_zhu4'.*\(12,\).*channels, height, width"),
         ("convnet", (3, 32, 32), {"width": 0}, ConfigError, "model.width is 0"),
@@ -440,6 +451,51 @@ def test_cnn6_forward() -> None:
     torch.testing.assert_close(model(images), x.flatten(1) @ p["head.weight"].T + p["head.bias"])
 
 
+# Target and evaluator of model inversion
+
+
+@pytest.mark.parametrize(
+    ("name", "channels", "classes", "width", "parameters"),
+    [
+        ("mcnn", 1, 5, 64, 1_029_765),
+        ("mcnn", 1, 5, 32, 258_885),
+        ("mcnn", 3, 5, 64, 1_029_765 + 2 * 49 * 64),
+        ("scnn", 1, 10, 32, 1_740_234),
+        ("scnn", 3, 10, 32, 1_740_234 + 2 * 49 * 32),
+    ],
+)
+def test_networks_of_model_inversion_size(name: str, channels: int, classes: int, width: int, parameters: int) -> None:
+    model = build(name, (channels, 32, 32), classes, width=width)
+    assert count(model) == parameters
+    assert head(model).in_features == {"mcnn": 4, "scnn": 16}[name] * width
+
+
+@pytest.mark.parametrize(("name", "features"), [("mcnn", 8), ("scnn", 32)])
+def test_networks_of_model_inversion_on_larger_images(name: str, features: int) -> None:
+    """36 pixels leave 2 where 32 leave 1: 36, 32, 16, 12, 6, 2."""
+    assert head(build(name, (1, 36, 32), width=2)).in_features == 2 * features
+    assert head(build(name, (1, 35, 35), width=2)).in_features == features
+
+
+@pytest.mark.parametrize("name", ["mcnn", "scnn"])
+def test_networks_of_model_inversion_forward(name: str) -> None:
+    model = build(name, (3, 32, 32), 4, width=2).double()
+    for number, tensor in enumerate(t for t in model.state_dict().values() if t.is_floating_point()):
+        tensor.copy_(0.1 + uniform(*tensor.shape, seed=number) - 0.5 * (tensor.dim() == 4))
+    s = model.eval().state_dict()
+    images = x = uniform(2, 3, 32, 32)
+    for number, padding in enumerate({"mcnn": (1, 0, 0), "scnn": (1, 0, 0, 1, 1)}[name], start=1):
+        x = F.conv2d(x, s[f"conv{number}.weight"], s[f"conv{number}.bias"], padding=padding)
+        mean, var, scale, shift = (
+            s[f"norm{number}.{leaf}"][:, None, None] for leaf in ("running_mean", "running_var", "weight", "bias")
+        )
+        x = scale * (x - mean) / (var + 1e-5).sqrt() + shift
+        x = torch.maximum(x, 0.2 * x)
+        if number < 3:
+            x = x.unfold(2, 2, 2).unfold(3, 2, 2).amax((-1, -2))
+    torch.testing.assert_close(model(images), x.flatten(1) @ s["head.weight"].T + s["head.bias"])
+
+
 # Options in an audit file
 
 
@@ -452,7 +508,7 @@ def test_options_reach_the_network_from_an_audit_file(name: str, options: dict[s
     options = {**NARROW.get(name, {}), **options}
     section = audit(name=name, batchnorm="eval", dropout="off", **options).model
     assert section.options == options
-    build(name, (1, 9, 9), **section.options)
+    build(name, LARGE.get(name, (1, 9, 9)), **section.options)
 
 
 def test_every_choice_of_an_audit_file_can_be_built() -> None:

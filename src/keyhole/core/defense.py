@@ -7,6 +7,7 @@ counters live in the same file: a defense that comes without the attacker who kn
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -30,6 +31,9 @@ class Context:
     round: int = 0
     again: bool = False
     """Whether the client's own images are those of its round before."""
+    training: bool = False
+    """Whether this is a round of a federation that trains, which ``round`` counts from its beginning; where updates are
+    audited, ``round`` counts those of one episode, and nobody knows how many went before."""
     step: int = 0
     client: int = 0
     public: Batch | None = None
@@ -60,6 +64,10 @@ class Context:
         self.hints[name] = value.detach()
 
 
+Objective = Callable[[Tensor, Trace, Batch, Context], Tensor]
+"""As `Defense.on_loss`: the training objective so far, to another one."""
+
+
 class Counter:
     """What an attacker who knows a defense does about it. The base class does nothing: the naive attacker.
 
@@ -81,6 +89,11 @@ class Counter:
     """Replaces the attack's distance where the defense's noise has another likelihood."""
     free_distance: Distance | None = None
     """Stands in for ``distance`` beside a scale-free counter, which takes away the scale that it is stated in."""
+    objective: Objective | None = None
+    """What clients are thought to minimise beside the plain loss; `None` where that is all. The context is the
+    attacker's own: its key is not the client's."""
+    finds_noise: bool = False
+    """Whether noise inside the model (`Task.noises`) that is not seen joins the optimisation; it is 0 otherwise."""
     then: Any = None
     """A second attack on what the first one found, where the defense calls for it. The images found are its fact
     ``found.inputs``, (r, *shape)."""
@@ -136,7 +149,11 @@ class Defense:
         return batch
 
     def on_task(self, task: Task) -> Task:
-        """Change the model itself; the attacker sees the result."""
+        """Change the model itself; the attacker sees the result.
+
+        Parameters that it adds carry their initial values (`keyhole.core.task.fit_weights`), the same in every
+        process. A task that was changed already, as that of a network trained under this defense, stays as it is.
+        """
         return task
 
     def on_loss(self, loss: Tensor, trace: Trace, batch: Batch, ctx: Context) -> Tensor:
@@ -258,6 +275,8 @@ class CounterChain(Counter):
         noisy = next((part for part in reversed(parts) if part.distance is not None), None)
         free = noisy is not None and any(part.scale_free for part in parts) and noisy.free_distance is not None
         self.distance = None if noisy is None else noisy.free_distance if free else noisy.distance
+        self.finds_noise = any(part.finds_noise for part in parts)
+        self.objective = _one_after_another([part.objective for part in parts if part.objective is not None])
         self.then = next((part.then for part in parts if part.then is not None), None)
 
     def combine(self, updates: Tensors) -> Tensors:
@@ -299,6 +318,15 @@ class CounterChain(Counter):
         return simulated, observed
 
 
+def _one_after_another(objectives: list[Objective]) -> Objective | None:
+    def together(loss: Tensor, trace: Trace, batch: Batch, ctx: Context) -> Tensor:
+        for objective in objectives:
+            loss = objective(loss, trace, batch, ctx)
+        return loss
+
+    return together if objectives else None
+
+
 def strip_prefix(tensors: Tensors, prefix: str) -> Tensors:
     """The entries whose name begins with ``prefix``, without it."""
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
@@ -306,15 +334,27 @@ def strip_prefix(tensors: Tensors, prefix: str) -> Tensors:
 
 def defended_gradient(task: Task, defense: Defense, ctx: Context) -> GradFn:
     """How a client under ``defense`` turns a batch into a gradient."""
+    return defense.on_gradient(objective_gradient(task, defense.on_loss, ctx), ctx)
+
+
+def objective_gradient(task: Task, objective: Objective, ctx: Context, masks: Tensors | None = None) -> GradFn:
+    """The gradient of an objective that is more than the share-weighted mean loss.
+
+    Args:
+        task: what is trained.
+        objective: from that loss to another one.
+        ctx: for the objective.
+        masks: as of `keyhole.core.task.plain_gradient`.
+    """
 
     def gradient(weights: Weights, batch: Batch, key: Key) -> Tensors:
-        masks = task.masks(key, batch.inputs.shape[0])
+        own = task.masks(key, batch.inputs.shape[0]) if masks is None else masks
 
-        def objective(params: Tensors) -> Tensor:
-            trace = task.trace(Weights(params, weights.buffers), batch.inputs, masks=masks)
+        def whole(params: Tensors) -> Tensor:
+            trace = task.trace(Weights(params, weights.buffers), batch.inputs, masks=own)
             loss = (batch.share * task.loss(trace.logits, batch.targets)).sum()
-            return defense.on_loss(loss, trace, batch, ctx)
+            return objective(loss, trace, batch, ctx)
 
-        return grad(objective)(weights.params)
+        return grad(whole)(weights.params)
 
-    return defense.on_gradient(gradient, ctx)
+    return gradient

@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -112,3 +114,13 @@ def integers(key: Key, high: int, shape: tuple[int, ...]) -> Tensor:
 def permutation(key: Key, count: int) -> Tensor:
     """A random order of ``range(count)``, int64 of shape (count,)."""
     return uniform(key, (count,), torch.float64).argsort()
+
+
+@contextmanager
+def seeded(key: Key) -> Iterator[None]:
+    """Torch's own CPU generator, which modules draw their initial weights from, in a state that follows from a key."""
+    high, low = key.tolist()
+    with torch.random.fork_rng(devices=[]):
+        # Not torch.manual_seed: it also reseeds the generators of accelerators, which are not forked here.
+        torch.default_generator.manual_seed((high << 32) | low)
+        yield

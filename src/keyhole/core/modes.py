@@ -58,6 +58,19 @@ class DropoutByMask(nn.Module):
         return inputs * self.mask.to(inputs.dtype)
 
 
+class NoisyLayer(nn.Module):
+    """A layer whose Gaussian noise is a buffer, so that whoever calls the model says what was drawn; 0 if nothing was.
+
+    What a layer makes of it is its own matter; a task that has such a layer names it in `Task.noises`.
+    """
+
+    noise: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("noise", torch.zeros(()), persistent=False)
+
+
 def replace_layers(model: nn.Module, names: tuple[str, ...], make: Callable[[nn.Module], nn.Module]) -> None:
     """Put other layers in place of the named ones, under every name that a layer has in the model."""
     made = {id(layer): make(layer) for layer in (model.get_submodule(name) for name in names)}
@@ -94,7 +107,8 @@ def one_mask_shape(model: nn.Module, name: str, input_shape: tuple[int, ...]) ->
     first = next(model.parameters(), None)
     try:
         with torch.no_grad():
-            model(torch.zeros(2, *input_shape, dtype=torch.float32 if first is None else first.dtype))
+            like = torch.zeros(()) if first is None else first
+            model(torch.zeros(2, *input_shape, dtype=like.dtype, device=like.device))
     except Exception as error:
         raise ModelError(f"the model does not accept inputs of shape {tuple(input_shape)}: {error}") from error
     finally:

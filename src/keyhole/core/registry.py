@@ -85,6 +85,7 @@ class Registry:
 
 
 ATTACKS = Registry("attack")
+INVERSIONS = Registry("inversion")
 DEFENSES = Registry("defense")
 LABELS = Registry("label rule")
 METRICS = Registry("metric")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad
 
-from keyhole.core.keys import bernoulli, fold_in
+from keyhole.core.keys import bernoulli, fold_in, normal
 from keyhole.core.modes import (
     BATCHNORM,
     DROPOUT,
@@ -95,6 +95,9 @@ class Task:
     """``eval``, ``train_shared`` or ``train_hidden``; `None` where the model has no BatchNorm."""
     drops: tuple[tuple[str, float, tuple[int, ...]], ...] = ()
     """Active dropout: name, rate and shape of one example's mask; empty where dropout is off."""
+    noises: tuple[tuple[str, tuple[int, ...], bool], ...] = ()
+    """Layers with Gaussian noise (`keyhole.core.modes.NoisyLayer`), which a defense's `on_task` may add: name, shape of
+    one example's noise, and whether it is drawn after training too."""
 
     @classmethod
     def of(
@@ -165,9 +168,21 @@ class Task:
             raise ModelError(f"parameter '{unused[0]}' does not influence the logits; remove it from the model.")
         return task
 
+    @property
+    def draws(self) -> tuple[str, ...]:
+        """Names of the layers that draw something in each forward pass."""
+        return tuple(name for name, *_ in (*self.drops, *self.noises))
+
     def masks(self, key: Key, batch_size: int) -> Tensors:
-        """One draw of a batch's dropout masks, scaled to mean 1: (b, ...) by buffer name; empty if dropout is off."""
-        return {
+        """One draw of what the layers draw for a batch, (b, ...) by buffer name; empty where nothing is drawn.
+
+        Dropout masks are scaled to mean 1; noise is standard normal.
+        """
+        noise = {
+            f"{name}.noise": normal(fold_in(fold_in(key, "noise"), name), (batch_size, *shape))
+            for name, shape, _ in self.noises
+        }
+        return noise | {
             f"{name}.mask": bernoulli(fold_in(fold_in(key, "dropout"), name), 1.0 - rate, (batch_size, *shape)).float()
             / (1.0 - rate)
             for name, rate, shape in self.drops
@@ -180,7 +195,7 @@ class Task:
             weights: parameters and buffers to run with.
             inputs: a batch in the model's input space.
             edit: may replace the output of any named module without children, as it happens.
-            masks: dropout masks of `masks`; without them active dropout keeps everything.
+            masks: a draw of `masks`; without it active dropout keeps everything, and noise is 0.
         """
         activations: Tensors = {}
         statistics: Tensors = {}
@@ -234,12 +249,37 @@ def weights_of(model: nn.Module, dtype: torch.dtype = torch.float32) -> Weights:
     )
 
 
+def fit_weights(task: Task, weights: Weights) -> Weights:
+    """Weights for a task whose model a defense may have changed: what both have, and the rest as the task has it.
+
+    Args:
+        task: as a defense's `on_task` returns it; what it adds carries its initial values.
+        weights: of the model before. They are returned as they are where nothing was added or dropped.
+    """
+    like = next(iter(weights.params.values()))
+
+    def fitted(needed: dict[str, Tensor], given: Tensors) -> Tensors:
+        known = {name for name, value in needed.items() if name in given and given[name].shape == value.shape}
+        return {
+            name: given[name]
+            if name in known
+            else value.detach().clone().to(like.device, like.dtype if value.is_floating_point() else value.dtype)
+            for name, value in needed.items()
+        }
+
+    stored = task.model.state_dict().keys()
+    buffers = {n: b for n, b in task.model.named_buffers() if n in stored or n in weights.buffers}
+    fit = Weights(fitted(dict(task.model.named_parameters()), weights.params), fitted(buffers, weights.buffers))
+    unchanged = all(a.keys() == b.keys() and all(a[n] is b[n] for n in a) for a, b in zip(fit, weights, strict=True))
+    return weights if unchanged else fit
+
+
 def plain_gradient(task: Task, masks: Tensors | None = None) -> GradFn:
     """How an undefended client turns a batch into a gradient: that of the share-weighted mean loss.
 
     Args:
         task: what is trained.
-        masks: dropout masks that are known; otherwise active dropout draws fresh ones from the gradient's key.
+        masks: dropout masks and noise that are known; otherwise fresh ones are drawn from the gradient's key.
     """
 
     def gradient(weights: Weights, batch: Batch, key: Key) -> Tensors:

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from keyhole.core.belief import Belief, Simulated
-from keyhole.core.defense import Context, Counter, Defense, defended_gradient, strip_prefix
+from keyhole.core.belief import Belief, Simulated, weights_seen
+from keyhole.core.defense import Context, Counter, Defense, defended_gradient, objective_gradient, strip_prefix
 from keyhole.core.keys import fold_in
 from keyhole.core.rule import ClientRule, SingleGradient
 from keyhole.core.task import Task, plain_gradient
@@ -38,12 +38,14 @@ class ThreatModel:
         return self.belief.copies * self.batch_size
 
     def unknowns(self, task: Task, like: Tensor, key: Key) -> Tensors:
-        """What the attack must find beside images: the belief's unknowns, and masks of active dropout that are hidden.
+        """What the attack must find beside images: the belief's unknowns, and what layers drew and nobody told.
 
-        Masks start as if dropout were off.
+        Masks of active dropout start as if it were off; noise starts at 0 where the counter looks for it.
         """
         found = {f"belief.{name}": value for name, value in self.belief.unknowns(like, key).items()}
-        if task.drops and "masks" not in self.sees:
+        if "masks" not in self.sees:
+            for name, shape, _ in task.noises if self.counter.finds_noise else ():
+                found[f"mask.{name}.noise"] = like.new_zeros(self.guesses, *shape)
             for name, rate, shape in task.drops:
                 # A logit, so that what is optimised has no bounds; sigmoid(start) / (1 - rate) = 1.
                 start = torch.logit(torch.tensor(1.0 - rate, dtype=like.dtype, device=like.device))
@@ -60,16 +62,24 @@ class ThreatModel:
             observation: the round whose update is explained.
             batch: guessed images, `guesses` of them.
             facts: the counter's facts.
-            unknowns: of the counter (``counter.``), the belief (``belief.``) and masks (``mask.``).
+            unknowns: of the counter (``counter.``), the belief (``belief.``), masks and noise (``mask.``).
             key: randomness of the simulation.
         """
         masks = observation.masks
-        if masks is None and task.drops:
+        if masks is None and task.draws:
             rates = {f"{name}.mask": rate for name, rate, _ in task.drops}
-            logits = strip_prefix(unknowns, "mask.")
-            masks = {name: torch.sigmoid(value) / (1.0 - rates[name]) for name, value in logits.items()}
-        plain = plain_gradient(task, masks if task.drops else None)
-        gradient = self.counter.believe(plain, facts, strip_prefix(unknowns, "counter."))
+            masks = {
+                name: torch.sigmoid(value) / (1.0 - rates[name]) if name in rates else value
+                for name, value in strip_prefix(unknowns, "mask.").items()
+            }
+        masks = masks if task.draws else None
+        objective = self.counter.objective
+        if objective is None:
+            gradient = plain_gradient(task, masks)
+        else:
+            ctx = Context(task, weights_seen(observation), key, recorded=False)
+            gradient = objective_gradient(task, objective, ctx, masks)
+        gradient = self.counter.believe(gradient, facts, strip_prefix(unknowns, "counter."))
         return self.belief.simulate(gradient, observation, batch, strip_prefix(unknowns, "belief."), key)
 
 

@@ -255,6 +255,8 @@ class Concealing(Defense):
 
     def on_gradient(self, gradient: GradFn, ctx: Context) -> GradFn:
         """The gradient of the batch with its proxies."""
+        if ctx.task.noises:
+            raise Refused("concealing knows no noise inside the model: proxies would need their own; leave out mid.")
         if ctx.task.drops:
             raise Refused('concealing knows no dropout: the proxies would need masks; set model.dropout = "off".')
         mixing = self.mixing

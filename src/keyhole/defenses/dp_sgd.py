@@ -116,8 +116,8 @@ class DPSGD(Defense):
     per-example gradients: here one gradient of one example is lifted over the batch.
 
     Refused: BatchNorm in any mode, as one example's gradient would depend on others or on statistics that nothing
-    protects; losses that couple the examples of a batch; active dropout, whose masks an attacker may be told for a
-    whole batch but not for each example.
+    protects; losses that couple the examples of a batch; active dropout and noise inside the model, which an attacker
+    may be told for a whole batch but not for each example.
     """
 
     noise_multiplier: float = 1.0
@@ -262,6 +262,8 @@ def _refuse(task: Task) -> None:
         )
     if task.drops:
         raise Refused(f"dp_sgd: the model has active dropout ('{task.drops[0][0]}'); set model.dropout = \"off\".")
+    if task.noises:
+        raise Refused(f"dp_sgd: the model draws noise in '{task.noises[0][0]}'; use a chain without mid.")
     if couples(task.loss, task.num_classes):
         raise Refused(
             "dp_sgd: the loss of an example depends on the other examples of the batch, so that clipping each "

@@ -16,6 +16,7 @@ from torch import Tensor
 from keyhole.core.belief import Belief
 from keyhole.core.keys import new_key
 from keyhole.core.registry import ATTACKS, BELIEFS, RULES
+from keyhole.core.task import fit_weights
 from keyhole.core.threat import ThreatModel, observe
 from keyhole.errors import Refused
 from keyhole.experiment.plan import Chosen, Group, build_defense, choose, compose, plan, plan_tuning
@@ -168,7 +169,8 @@ def _try_defenses(experiment: Experiment, setup: Setup) -> None:
         short = tuple(spec.replace(steps=1) if "steps" in spec.asdict() else spec for spec in specs)
         defense = build_defense(short)
         try:
-            observe(defense.on_task(setup.task), threat, defense, weights, (batch,), new_key(0, setup.device), public)
+            task = defense.on_task(setup.task)
+            observe(task, threat, defense, fit_weights(task, weights), (batch,), new_key(0, setup.device), public)
         except Refused:
             continue
 
@@ -227,7 +229,7 @@ _FIELDS = {
     "update": "one client's own update",
     "targets": "the labels",
     "statistics": "the batch statistics of BatchNorm",
-    "masks": "the dropout masks",
+    "masks": "what layers drew (dropout masks, noise)",
     "hints": "what an insider knows of the defense's own choices",
 }
 
@@ -266,6 +268,8 @@ def assumptions_in_words(experiment: Experiment, setup: Setup) -> tuple[str, ...
     if setup.task.drops:
         masks = "is told the masks" if "masks" in sees else "optimises the masks beside the images"
         sentences.append(f"Dropout is active; the attacker {masks}.")
+    if setup.task.noises:
+        sentences.append("The networks have noise inside, as a defense under which they were trained put there.")
     return tuple(sentences)
 
 

@@ -7,7 +7,6 @@ two are kept, as the server may have to go on from the round before.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 from torch.nn.functional import one_hot
@@ -23,7 +22,7 @@ from keyhole.solve.threads import one_thread
 
 
 def take_part(
-    problem: Problem, specs: Sequence[Spec], seed: int, number: int, client: int, sent: Tensors, folder: Path
+    problem: Problem, specs: tuple[Spec, ...], seed: int, number: int, client: int, sent: Tensors, folder: Path
 ) -> tuple[Round, float]:
     """What one client does in a round: to the last bit what it does among others in `train_round`.
 
@@ -43,14 +42,11 @@ def take_part(
         StoreError: what was kept after the round before is missing or damaged.
     """
     began = time.perf_counter()
-    _, task, start = problem.begin(seed)
-    defense = build_defense(tuple(specs)) if specs else None
-    states: list[State] | None = None
-    if defense is not None:
-        task = defense.on_task(task)
-        states = [_kept(_file(folder, client, number))] if number else None
+    task, like = problem.task(specs), problem.fresh(specs, seed)
+    defense = build_defense(specs) if specs else None
+    states = [_kept(_file(folder, client, number))] if defense is not None and number else None
     targets = one_hot(problem.labels, task.num_classes).to(problem.inputs)
-    weights = Weights(*({name: sent[name].to(problem.device) for name in part} for part in start))
+    weights = Weights(*({name: sent[name].to(problem.device) for name in part} for part in like))
     local, parts = problem.federation.local(problem.plan.federation.server()), [problem.parts(seed)[client]]
     with one_thread(problem.device):
         trained = train_round(

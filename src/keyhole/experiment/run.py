@@ -19,7 +19,7 @@ from keyhole.core.keys import fold_in, new_key, normal
 from keyhole.core.metric import Metric
 from keyhole.core.registry import ATTACKS, BELIEFS, METRICS, RULES
 from keyhole.core.rule import ClientRule
-from keyhole.core.task import Task
+from keyhole.core.task import Task, fit_weights
 from keyhole.core.tensors import flatten
 from keyhole.core.threat import ThreatModel, observe
 from keyhole.core.trial import Outcome, Spec, Status, Trial
@@ -119,6 +119,7 @@ def _answers(group: Group, setup: Setup, watch: Watch) -> list[Answer]:
     if first.attacker == "control:class_mean":
         return [_class_mean(trial, setup) for trial in group.trials]
     defense = build_defense(first.defense)
+    task = defense.on_task(setup.task)
     attack: Attack = ATTACKS.build(first.attack.name, **first.attack.asdict())
     is_check = first.attacker == "check:truth"
     sees = frozenset(first.sees)
@@ -130,7 +131,7 @@ def _answers(group: Group, setup: Setup, watch: Watch) -> list[Answer]:
     counter = find_counter(defense, knows).told(first.batch_size)
     if is_check:
         attack = attack.at_truth() if isinstance(attack, IterativeAttack) else attack
-        sees |= (attack.needs & {"targets"}) | ({"masks"} if setup.task.drops else set())
+        sees |= (attack.needs & {"targets"}) | ({"masks"} if task.draws else set())
     missing = (attack.needs | counter.needs) - sees
     if missing:
         names = ", ".join(sorted(missing))
@@ -145,7 +146,7 @@ def _answers(group: Group, setup: Setup, watch: Watch) -> list[Answer]:
         counter=counter,
         repeated=first.rounds > 1,
     )
-    task, weights = defense.on_task(setup.task), setup.networks(first)
+    weights = tuple(fit_weights(task, own) for own in setup.networks(first))
     shared = Shared(weights)
     own_keys = [fold_in(new_key(t.seed), f"{t.pool} {t.episode}") for t in group.trials]
     keys = torch.stack(own_keys).to(setup.device)

@@ -33,6 +33,8 @@ class DataSection(_Section):
     label_column: str | None = None
     mean: list[float] | None = None
     std: list[float] | None = None
+    classes: list[int] | None = Field(default=None, min_length=2)
+    """Only images of these classes, numbered in this order."""
 
 
 class ModelSection(BaseModel):

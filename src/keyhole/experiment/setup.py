@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import itertools
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,15 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from keyhole.core.defense import chain
 from keyhole.core.keys import new_key, uniform
-from keyhole.core.registry import LABELS, MODELS
+from keyhole.core.registry import DEFENSES, LABELS, MODELS
 from keyhole.core.task import Bounds, Task, weights_of
+from keyhole.core.told import Told, silent
 from keyhole.core.trial import Trial
 from keyhole.core.types import Weights
-from keyhole.errors import ConfigError, DataError
+from keyhole.errors import ConfigError, DataError, ModelError
 from keyhole.experiment.prior import best_guess
 from keyhole.experiment.spec import Experiment
-from keyhole.experiment.training import Told, silent, train_states
+from keyhole.experiment.training import train_states
 from keyhole.zoo.datasets import Data, Pool, load_data
 from keyhole.zoo.models import build_model, load_state
 
@@ -131,9 +136,14 @@ def prepare(experiment: Experiment, device: torch.device, told: Told = silent) -
     shape = data.image_shape
     modes, bounds = experiment.model, Bounds.of(mean, std, dtype)
     models = {seed: [_model(experiment, data, number) for number in _networks(experiment, seed)] for seed in seeds}
-    task = Task.of(
-        models[seeds[0]][0], shape, data.num_classes, bounds, batchnorm=modes.batchnorm, dropout=modes.dropout
-    )
+
+    def task_of(model: nn.Module) -> Task:
+        return Task.of(model, shape, data.num_classes, bounds, batchnorm=modes.batchnorm, dropout=modes.dropout)
+
+    if experiment.state.train == "none" or experiment.state.trained:
+        task = task_of(models[seeds[0]][0])
+    else:
+        task = _load(experiment, models, task_of)
     weights = {seed: tuple(weights_of(model, dtype) for model in own) for seed, own in models.items()}
     facts: dict[int, dict[str, float]] = {}
     if experiment.state.trained:
@@ -183,16 +193,42 @@ def _networks(experiment: Experiment, seed: int) -> list[int]:
 
 
 def _model(experiment: Experiment, data: Data, seed: int) -> nn.Module:
-    model = build_model(
+    return build_model(
         experiment.model.name or str(experiment.model.factory),
         input_shape=data.image_shape,
         num_classes=data.num_classes,
         options=experiment.model.options,
         seed=seed,
     )
-    if experiment.state.train != "none" and not experiment.state.trained:
-        load_state(model, Path(experiment.state.train.replace("{seed}", str(seed))))
-    return model
+
+
+def _load(experiment: Experiment, models: dict[int, list[nn.Module]], task_of: Callable[[nn.Module], Task]) -> Task:
+    """Put the files' weights into ``models`` and return their task.
+
+    Where the files are of a network that one of the experiment's defenses had changed, the models become such
+    networks, for every client and attacker: also one without a defense gets the network that was trained.
+    """
+    first = experiment.run.seeds[0]
+    try:
+        for seed, own in models.items():
+            _load_each(experiment, seed, own)
+        return task_of(models[first][0])
+    except ModelError as error:
+        plain = task_of(models[first][0])
+        for specs in experiment.defenses:
+            task = chain(*(DEFENSES.build(spec.name, **spec.asdict()) for spec in specs)).on_task(plain)
+            changed = {seed: [copy.deepcopy(task.model) for _ in own] for seed, own in models.items()}
+            with suppress(ModelError):
+                for seed, own in changed.items():
+                    _load_each(experiment, seed, own)
+                models |= changed
+                return replace(task, model=changed[first][0])
+        raise error
+
+
+def _load_each(experiment: Experiment, seed: int, models: list[nn.Module]) -> None:
+    for number, model in zip(_networks(experiment, seed), models, strict=True):
+        load_state(model, Path(experiment.state.train.replace("{seed}", str(number))))
 
 
 def _state_name(experiment: Experiment) -> str:

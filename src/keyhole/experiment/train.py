@@ -23,8 +23,9 @@ from torch.nn.functional import one_hot
 from keyhole.core.defense import Defense
 from keyhole.core.keys import fold_in, new_key
 from keyhole.core.registry import MODELS
-from keyhole.core.task import Bounds, Task, weights_of
+from keyhole.core.task import Bounds, Task, fit_weights, weights_of
 from keyhole.core.tensors import map_tensors, squared_norm
+from keyhole.core.told import Told, silent
 from keyhole.core.trial import Spec
 from keyhole.core.types import Batch, Tensors, Weights
 from keyhole.defenses.dp_sgd import DPSGD
@@ -33,12 +34,11 @@ from keyhole.errors import ConfigError, DataError, ModelError, StoreError, cause
 from keyhole.experiment.plan import build_defense
 from keyhole.experiment.setup import TRAIN_IMAGES, find_device
 from keyhole.experiment.store import Store
-from keyhole.experiment.training import Told, silent
 from keyhole.experiment.training_plan import TrainingPlan
-from keyhole.federation.cache import write_whole
 from keyhole.federation.local import Round, State
 from keyhole.federation.states import AfterRound, accuracy, rounds
 from keyhole.federation.strategies import FedAvg, Memory, Noised
+from keyhole.solve.files import tensors_as_bytes, write_whole
 from keyhole.solve.threads import one_thread
 from keyhole.zoo.datasets import Data, load_data
 from keyhole.zoo.models import build_model
@@ -201,20 +201,14 @@ class Problem:
         each = [1 if len(part) % size == 0 else 1 + -(-size // len(part)) for part in self.parts(seed)]
         return self.federation.epochs * max(each)
 
-    def begin(self, seed: int) -> tuple[nn.Module, Task, Weights]:
-        """The untrained network, what is trained without a defense, and the weights to begin with."""
-        model = self._model(seed)
-        plain = Task.of(
-            model, self.data.image_shape, self.data.num_classes, self.bounds, batchnorm="train_shared", dropout="active"
-        ).to(self.device)
-        start = weights_of(model)
-        return model, plain, Weights(*(map_tensors(lambda t: t.to(self.device), part) for part in start))
-
     def train(self, run: Trained, told: Told, ask: Ask | None = None) -> Trained:
         """One training, from where it stopped."""
-        model, plain, start = self.begin(run.seed)
+        model = self._model(run.seed)
+        plain = self._plain(model)
+        bare_start = Weights(*(map_tensors(lambda t: t.to(self.device), part) for part in weights_of(model)))
         defense = build_defense(run.defense) if run.defense else None
         task = plain if defense is None else defense.on_task(plain)
+        start = fit_weights(task, bare_start)
         run.seen = self.seen(run.seed)
         what = f"training {run.folder.parent.name}, seed {run.seed}"
         key = training_key(run.seed)
@@ -226,7 +220,7 @@ class Problem:
         clients, bare_clients = (partial(ask, run, defended) if ask else None for defended in (True, False))
         if not run.rounds:
             run.rounds.append(AfterTraining(0, accuracy(task, start, *self.test)))
-            _keep(run, model, start, strategy.begin(start), ())
+            _keep(run, task, start, strategy.begin(start), ())
         before = weights
         given: dict[str, Any] = {"public": self.public, "strategy": strategy}
         steps = rounds(
@@ -239,13 +233,27 @@ class Problem:
                 _guard(run, before, after)
             if defense is not None and after.number == 1:
                 given["clients"] = bare_clients
-                bare = next(rounds(plain, start, self.inputs, self.labels, self.federation, key, **given))
-                run.changed = _changed(before, after, bare)
+                bare = next(rounds(plain, bare_start, self.inputs, self.labels, self.federation, key, **given))
+                run.changed = _changed(before, after, bare_start, bare)
             run.rounds.append(_account(before, after, accuracy(task, after.weights, *self.test)))
-            _keep(run, model, after.weights, after.memory, after.clients.states)
+            _keep(run, task, after.weights, after.memory, after.clients.states)
             before = after.weights
             told(what, after.number / self.federation.rounds)
         return run
+
+    def task(self, specs: tuple[Spec, ...]) -> Task:
+        """What clients under these defenses train."""
+        plain = self._plain(self._model(0))
+        return build_defense(specs).on_task(plain) if specs else plain
+
+    def fresh(self, specs: tuple[Spec, ...], seed: int) -> Weights:
+        """The weights that a training begins with."""
+        return fit_weights(self.task(specs), weights_of(self._model(seed)))
+
+    def _plain(self, model: nn.Module) -> Task:
+        return Task.of(
+            model, self.data.image_shape, self.data.num_classes, self.bounds, batchnorm="train_shared", dropout="active"
+        ).to(self.device)
 
     def _server(self, specs: tuple[Spec, ...], key: Tensor) -> FedAvg:
         """The strategy, and the noise that a defense leaves to the server."""
@@ -290,9 +298,11 @@ def _guard(run: Trained, before: Weights, after: AfterRound) -> None:
         )
 
 
-def _changed(before: Weights, defended: AfterRound, bare: AfterRound) -> float:
+def _changed(before: Weights, defended: AfterRound, start: Weights, bare: AfterRound) -> float:
     """Share of clients whose update differs from that of the same client without its defense."""
-    one, two = _moved(before, defended), _moved(before, bare)
+    if start.params.keys() != before.params.keys():
+        return 1.0  # another model has other updates
+    one, two = _moved(before, defended), _moved(start, bare)
     count = len(next(iter(one.values())))
     differs = 0
     for client in range(count):
@@ -337,9 +347,9 @@ def epsilon(specs: tuple[Spec, ...], gradients: int) -> float | None:
 # Files
 
 
-def _keep(run: Trained, model: nn.Module, weights: Weights, memory: Memory, states: Sequence[State]) -> None:
+def _keep(run: Trained, task: Task, weights: Weights, memory: Memory, states: Sequence[State]) -> None:
     """The global network in a file of its own, then everything that the next round needs, each atomically."""
-    known = model.state_dict().keys()
+    known = task.model.state_dict().keys()
     whole = {**weights.params, **weights.buffers}
     write_tensors(run.checkpoint(run.rounds[-1].round), {name: whole[name] for name in whole if name in known}, {})
     parts = {"params": weights.params, "buffers": weights.buffers}
@@ -352,9 +362,7 @@ def _keep(run: Trained, model: nn.Module, weights: Weights, memory: Memory, stat
 
 def write_tensors(path: Path, tensors: Tensors, metadata: dict[str, str]) -> None:
     """A safetensors file, whole or not at all."""
-    from safetensors.torch import save
-
-    data = save({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, metadata=metadata)
+    data = tensors_as_bytes(tensors, metadata)
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         write_whole(path, data)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -10,19 +9,13 @@ from torch import nn
 
 from keyhole.core.keys import fold_in, new_key
 from keyhole.core.task import Task, weights_of
+from keyhole.core.told import Told
 from keyhole.core.types import Weights
 from keyhole.experiment.spec import Experiment
 from keyhole.federation.cache import trained_state
 from keyhole.federation.states import STATES, Federation
 from keyhole.solve.threads import one_thread
 from keyhole.zoo.datasets import Data
-
-Told = Callable[[str, float], None]
-"""Told what is being trained, and how far it is in [0, 1]."""
-
-
-def silent(what: str, fraction: float) -> None:
-    """Says nothing."""
 
 
 def federation_of(experiment: Experiment) -> Federation:

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from keyhole.core.trial import Spec
 from keyhole.errors import ConfigError, UnknownName
+from keyhole.experiment.inversion_plan import Inverting, read_inverting
 from keyhole.experiment.sections import DataSection, Experiment, ModelSection, _Section
 from keyhole.experiment.spec import (
     check_model,
@@ -139,6 +140,8 @@ class TrainingPlan(BaseModel):
     """After which rounds updates are audited; empty where there is no ``[audit]``."""
     audit: Experiment | None = None
     """The audit of untrained networks, with all defenses."""
+    invert: Inverting | None = None
+    """Inversion of the global network, where the file has ``[invert]``."""
 
     def to_toml(self) -> str:
         """The resolved file; reading it gives an equal plan."""
@@ -151,10 +154,12 @@ class TrainingPlan(BaseModel):
             audit = {name: whole[name] for name in ("client", "attacker", "attacks", "run")}
             del audit["run"]["seeds"]
             sections["audit"] = {"rounds": list(self.rounds), **audit}
+        if self.invert is not None:
+            sections["invert"] = self.invert.asdict()
         return tomli_w.dumps({"title": self.title, **sections, "defenses": chains})
 
 
-_TOP = ("title", "data", "model", "federation", "defenses", "run", "audit")
+_TOP = ("title", "data", "model", "federation", "defenses", "run", "audit", "invert")
 _AUDIT = ("rounds", "client", "attacker", "attacks", "run")
 
 
@@ -174,12 +179,14 @@ def parse_training(raw: dict[str, Any], title: str = "training") -> TrainingPlan
     for key in raw:
         if key not in _TOP:
             raise UnknownName("key", key, _TOP, "the training file")
-    for required in ("data", "model", "federation"):
+    invert = raw.get("invert")
+    given = isinstance(invert, dict) and "weights" in invert
+    for required in ("data", "model", *(() if given else ("federation",))):
         if required not in raw:
             raise ConfigError(f"the training file has no [{required}] section.")
     data = read_section("data", TrainingData, raw["data"])
     model = read_section("model", ModelSection, raw["model"])
-    federation = read_section("federation", FederationSection, raw["federation"])
+    federation = read_section("federation", FederationSection, raw.get("federation", {}))
     run = read_section("run", TrainingRun, raw.get("run", {}))
     title = raw.get("title", title)
     check_model(model)
@@ -192,6 +199,9 @@ def parse_training(raw: dict[str, Any], title: str = "training") -> TrainingPlan
     plan = TrainingPlan(
         title=title, data=data, model=model, federation=federation, defenses=read_defenses(raw), run=run
     )
+    if "invert" in raw:
+        inverting = read_inverting(raw["invert"], data, model, federation.rounds)
+        plan = plan.model_copy(update={"invert": inverting})
     return _with_audit(plan, raw) if "audit" in raw else plan
 
 

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,9 +14,10 @@ from torch import Tensor
 from keyhole.core.keys import new_key, uniform
 from keyhole.core.task import Task
 from keyhole.core.tensors import map_tensors
-from keyhole.core.types import Key, Tensors, Weights
-from keyhole.errors import StoreError, cause
+from keyhole.core.types import Key, Weights
+from keyhole.errors import cause
 from keyhole.federation.states import Federation, Progress, accuracy, rounds
+from keyhole.solve.files import cache_folder, digest, feed, held, take, tensors_as_bytes, unusable, write_whole
 
 TRAINING_VERSION = 1
 """Raise it when the same call would give other weights."""
@@ -71,14 +68,14 @@ def trained_state(
         key: the training's randomness.
         progress: called after each round that is trained here.
         together: clients in one lifted step.
-        folder: where to keep states, by default `cache_folder`.
+        folder: where to keep states, by default `keyhole.solve.files.cache_folder`.
 
     Raises:
         ModelError: training diverged.
         StoreError: the folder cannot be written to.
     """
     name = _name(task, weights, inputs, labels, federation, key)
-    with _held(folder or cache_folder(), name) as path:
+    with held(folder or cache_folder(), name) as path:
         found = _load(path, weights, federation.rounds)
         losses: list[float] = []
         if found is not None:
@@ -96,16 +93,6 @@ def trained_state(
     return weights, Facts(federation.rounds, tuple(losses), right)
 
 
-def cache_folder() -> Path:
-    """``$KEYHOLE_CACHE``, or else ``keyhole`` in ``$XDG_CACHE_HOME``, or else ``~/.cache/keyhole``."""
-    own = os.environ.get("KEYHOLE_CACHE")
-    if own:
-        return Path(own).expanduser()
-    shared = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    # The XDG specification has relative paths ignored.
-    return (shared if shared.is_absolute() else Path.home() / ".cache") / "keyhole"
-
-
 # Names
 
 
@@ -119,9 +106,9 @@ def _name(task: Task, weights: Weights, inputs: Tensor, labels: Tensor, federati
         "probe": _probe(task, weights),
     }
     hashed.update(json.dumps(settings, sort_keys=True).encode())
-    hashed.update(_digest(weights).encode())
+    hashed.update(digest(*weights).encode())
     for tensor in (inputs, labels):
-        _feed(hashed, tensor)
+        feed(hashed, tensor)
     return hashed.hexdigest()
 
 
@@ -136,66 +123,21 @@ def _probe(task: Task, weights: Weights) -> list[str]:
     return [f"{value:.4g}" for value in (*logits.flatten().tolist(), *losses.flatten().tolist())]
 
 
-def _digest(weights: Weights) -> str:
-    hashed = hashlib.sha256()
-    for part in weights:
-        for name in sorted(part):
-            hashed.update(name.encode())
-            _feed(hashed, part[name])
-    return hashed.hexdigest()
-
-
-def _feed(hashed: hashlib._Hash, tensor: Tensor) -> None:
-    hashed.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-    hashed.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
-
-
 # Files
-
-
-@contextmanager
-def _held(folder: Path, name: str) -> Iterator[Path]:
-    """The path of a state, while no other process reads or writes it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        lock = os.open(folder / f"{name}.lock", os.O_RDWR | os.O_CREAT, 0o600)
-    except OSError as error:
-        raise _unusable(folder, error) from error
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        except OSError as error:
-            raise _unusable(folder, error) from error
-        yield folder / f"{name}.safetensors"
-    finally:
-        os.close(lock)
 
 
 def _save(path: Path, weights: Weights, losses: list[float], right: float | None) -> None:
     """Write atomically, readable by the owner alone."""
-    from safetensors.torch import save
-
     named = {
-        f"{part}/{name}": tensor.detach().cpu().contiguous().clone()
+        f"{part}/{name}": tensor
         for part, tensors in zip(_PARTS, weights, strict=True)
         for name, tensor in tensors.items()
     }
-    account = json.dumps({"losses": losses, "accuracy": right, "digest": _digest(weights)})
+    account = json.dumps({"losses": losses, "accuracy": right, "digest": digest(*weights)})
     try:
-        write_whole(path, save(named, metadata={_ACCOUNT: account}))
+        write_whole(path, tensors_as_bytes(named, {_ACCOUNT: account}))
     except OSError as error:
-        raise _unusable(path.parent, error) from error
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file readable by the owner alone, all of it or nothing; raises `OSError`."""
-    partial = path.with_suffix(".partial")
-    handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(handle, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+        raise unusable(path.parent, error) from error
 
 
 def _load(path: Path, like: Weights, count: int) -> tuple[Weights, list[float], float | None] | None:
@@ -209,11 +151,16 @@ def _load(path: Path, like: Weights, count: int) -> tuple[Weights, list[float], 
             account = json.loads((file.metadata() or {})[_ACCOUNT])
             names = file.keys()
             stored = {name: file.get_tensor(name) for name in names}
-        weights = Weights(*(_taken(stored, part, own) for part, own in zip(_PARTS, like, strict=True)))
+        weights = Weights(
+            *(
+                {name: take(stored, f"{part}/{name}", tensor) for name, tensor in tensors.items()}
+                for part, tensors in zip(_PARTS, like, strict=True)
+            )
+        )
         if stored:
             raise ValueError(f"it holds '{next(iter(stored))}', which the model has not")
         losses, right = [float(loss) for loss in account["losses"]], account["accuracy"]
-        if account["digest"] != _digest(weights):
+        if account["digest"] != digest(*weights):
             raise ValueError("its values are not those that were written")
         if not 1 <= len(losses) <= count or (right is not None) != (len(losses) == count):
             raise ValueError(f"it tells of {len(losses)} rounds")
@@ -221,24 +168,3 @@ def _load(path: Path, like: Weights, count: int) -> tuple[Weights, list[float], 
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         warnings.warn(f"{path} is damaged ({cause(error)}); the state is trained anew.", stacklevel=3)
         return None
-
-
-def _taken(stored: Tensors, part: str, like: Tensors) -> Tensors:
-    """The tensors of one part, removed from ``stored``, with the names, shapes, types and devices of ``like``."""
-    taken = {}
-    for name, own in like.items():
-        tensor = stored.pop(f"{part}/{name}")
-        if tensor.shape != own.shape or tensor.dtype != own.dtype:
-            raise ValueError(f"'{name}' is {tensor.dtype} of shape {tuple(tensor.shape)}")
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise ValueError(f"'{name}' holds NaN or infinity")
-        # Cloned, so that the tensors lie in memory as freshly computed ones do.
-        taken[name] = tensor.clone().to(own.device)
-    return taken
-
-
-def _unusable(folder: Path, error: OSError) -> StoreError:
-    return StoreError(
-        f"cannot keep trained states in '{folder}' ({error.strerror}); set KEYHOLE_CACHE to a folder that can be "
-        "written to."
-    )

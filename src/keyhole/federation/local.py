@@ -128,7 +128,7 @@ def train_round(
     before = [dict(state) for state in states] if states else [{} for _ in parts]
     step = _plain_step(recording(task))
     if defense is not None:
-        ctx = Context(task, weights, key, round=number, again=states is not None, public=public)
+        ctx = Context(task, weights, key, round=number, again=states is not None, training=True, public=public)
         inputs, targets, parts, before = _defend_images(defense, ctx, inputs, targets, parts, keys, before, clients)
         step = _defended_step(defense, ctx)
     plans = [_plan(part.to(inputs.device), local, own) for part, own in zip(parts, keys, strict=True)]

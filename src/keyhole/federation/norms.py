@@ -54,8 +54,9 @@ def recording(task: Task) -> Task:
 
 
 def evaluating(task: Task) -> Task:
-    """The task as it is used after training: BatchNorm by running statistics, dropout off."""
-    task = replace(_with_running(task, train=False), drops=())
+    """The task as it is used after training: BatchNorm by running statistics, dropout off, noise where it stays."""
+    staying = tuple(noise for noise in task.noises if noise[2])
+    task = replace(_with_running(task, train=False), drops=(), noises=staying)
     return replace(task, batchnorm="eval") if task.norms else task
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from keyhole.core.defense import Defense
-from keyhole.core.keys import fold_in
+from keyhole.core.keys import advance, fold_in, new_key
 from keyhole.core.task import Task
 from keyhole.core.types import Batch, Key, Weights
 from keyhole.errors import ModelError, check_range
@@ -221,6 +221,8 @@ def round_key(key: Key, number: int) -> Key:
 def accuracy(task: Task, weights: Weights, inputs: Tensor, labels: Tensor) -> float:
     """Share of images that the network gets right, with BatchNorm's running statistics and without dropout.
 
+    Noise that a layer keeps after training is drawn once, always the same.
+
     Args:
         task: in whatever mode.
         weights: parameters and buffers.
@@ -230,6 +232,8 @@ def accuracy(task: Task, weights: Weights, inputs: Tensor, labels: Tensor) -> fl
     task = evaluating(task)
     right = 0
     for start in range(0, len(labels), _SLICE):
-        guesses = task.logits(weights, inputs[start : start + _SLICE]).argmax(-1)
+        part = inputs[start : start + _SLICE]
+        masks = task.masks(advance(new_key(0, part.device), start), len(part))
+        guesses = task.logits(weights, part, masks).argmax(-1)
         right += int((guesses == labels[start : start + _SLICE].to(guesses.device)).sum())
     return right / len(labels)

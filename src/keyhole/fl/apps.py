@@ -22,11 +22,11 @@ from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid, ServerApp
 
+from keyhole.core.told import Told, silent
 from keyhole.core.types import Tensors, Weights
 from keyhole.errors import ConfigError, KeyholeError, ModelError, cause
 from keyhole.experiment.participant import take_part
 from keyhole.experiment.train import Ask, Problem, Trained, folder_of, train
-from keyhole.experiment.training import Told, silent
 from keyhole.experiment.training_plan import TrainingPlan, parse_training
 from keyhole.federation.local import Round
 from keyhole.fl.convert import to_record, to_tensors

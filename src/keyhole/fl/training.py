@@ -76,6 +76,7 @@ def defended_training(
         fold_in(key, "defense"),
         round=rounds,
         again=rounds > 0,
+        training=True,
         client=client,
         public=public,
         state=state,

@@ -60,6 +60,29 @@ def picture(image: NDArray[np.floating]) -> str:
     return _uri("image/png", buffer)
 
 
+def mosaic(images: NDArray[np.floating], scale: int = 2) -> str:
+    """A PNG of many images, a row for each class.
+
+    Args:
+        images: (k, n, c, h, w) in [0, 1].
+        scale: times that each pixel is enlarged.
+
+    Returns:
+        A data URI.
+    """
+    rows, columns, channels, height, width = images.shape
+    sheet = np.ones((channels, rows * (height + 1) - 1, columns * (width + 1) - 1))
+    for row in range(rows):
+        for column in range(columns):
+            top, left = row * (height + 1), column * (width + 1)
+            sheet[:, top : top + height, left : left + width] = images[row, column]
+    pixels = np.round(np.clip(np.nan_to_num(sheet), 0, 1) * 255).astype(np.uint8).repeat(scale, 1).repeat(scale, 2)
+    drawn = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)) if channels == 3 else pixels[0])
+    buffer = io.BytesIO()
+    drawn.save(buffer, "PNG")
+    return _uri("image/png", buffer)
+
+
 def _uri(kind: str, buffer: io.BytesIO) -> str:
     return f"data:{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
@@ -188,11 +211,14 @@ def _look(number: int) -> dict[str, Any]:
     return {"color": f"C{number % 10}", "marker": "osD^vPX*<>"[(number + number // 10) % 10]}
 
 
-def trade_off(points: Sequence[tuple[str, Estimate, Estimate]]) -> str:
+def trade_off(
+    points: Sequence[tuple[str, Estimate, Estimate]], x: str = "images leaked to the worst attacker, %"
+) -> str:
     """Accuracy against the worst attacker's leak rate, one point with its intervals and its number for each defense.
 
     Args:
         points: name, accuracy and leak rate of each defense; those without a leak rate are left out.
+        x: what the leak rate is.
 
     Returns:
         A data URI with an SVG.
@@ -202,14 +228,14 @@ def trade_off(points: Sequence[tuple[str, Estimate, Estimate]]) -> str:
         for number, (name, accuracy, leak) in enumerate(points):
             if not np.isfinite(leak.value):
                 continue
-            x, y = 100 * leak.value, 100 * accuracy.value
+            across, up = 100 * leak.value, 100 * accuracy.value
             bars = [_arms(leak), _arms(accuracy)]
             axes.errorbar(
-                x, y, xerr=bars[0], yerr=bars[1], linestyle="", markersize=6, elinewidth=0.7,
+                across, up, xerr=bars[0], yerr=bars[1], linestyle="", markersize=6, elinewidth=0.7,
                 label=f"{number + 1}: {name}", **_look(number),
             )  # fmt: skip
-            axes.annotate(str(number + 1), (x, y), (5, 4), textcoords="offset points", color="#333a42")
-        axes.set(xlim=(-3, 103), xlabel="images leaked to the worst attacker, %", ylabel="test accuracy, %")
+            axes.annotate(str(number + 1), (across, up), (5, 4), textcoords="offset points", color="#333a42")
+        axes.set(xlim=(-3, 103), xlabel=x, ylabel="test accuracy, %")
         return _saved(figure)
 
 
@@ -220,8 +246,12 @@ def _arms(value: Estimate) -> list[list[float]] | None:
     return [[100 * max(0.0, value.value - value.low)], [100 * max(0.0, value.high - value.value)]]
 
 
-def leaks_by_round(lines: Sequence[tuple[str, Sequence[tuple[int, Estimate]]]]) -> str:
-    """The worst attacker's leak rate at each audited round, a line for each defense.
+def leaks_by_round(
+    lines: Sequence[tuple[str, Sequence[tuple[int, Estimate]]]],
+    x: str = "rounds of training before the update",
+    y: str = "images leaked, %",
+) -> str:
+    """The worst attacker's leak rate at each audited round, a line for each defense; ``x`` and ``y`` name the axes.
 
     Returns:
         A data URI with an SVG.
@@ -232,5 +262,5 @@ def leaks_by_round(lines: Sequence[tuple[str, Sequence[tuple[int, Estimate]]]]) 
             if each:
                 rounds, rates = zip(*((n, 100 * rate.value) for n, rate in each), strict=True)
                 axes.plot(rounds, rates, label=f"{number + 1}: {name}", linewidth=1.4, markersize=5, **_look(number))
-        axes.set(ylim=(-3, 103), xlabel="rounds of training before the update", ylabel="images leaked, %")
+        axes.set(ylim=(-3, 103), xlabel=x, ylabel=y)
         return _saved(figure)

@@ -67,6 +67,14 @@ def attack_names(trials: Iterable[tuple[str, Trial]]) -> dict[Spec, str]:
     return {t.attack: named(t.attack, shown.get(t.attack.name, ())) for _, t in trials}
 
 
+def spec_names(specs: Sequence[Spec]) -> dict[Spec, str]:
+    """Methods as text: the name, and options only where those of one name differ."""
+    rivals: dict[str, list[Spec]] = defaultdict(list)
+    for spec in specs:
+        rivals[spec.name].append(spec)
+    return {spec: named(spec, _varying(rivals[spec.name])) for spec in specs}
+
+
 def _varying(specs: Iterable[Spec]) -> list[str]:
     """Options whose values differ between specs."""
     given = [spec.asdict() for spec in specs]

@@ -68,14 +68,9 @@ def render_html(
     Returns:
         HTML that refers to no other file.
     """
-    try:
-        import jinja2
+    templates = environment()
+    from keyhole.report.strips import PICTURES
 
-        from keyhole.report.strips import PICTURES
-    except ImportError as error:
-        raise KeyholeError(
-            f"the HTML report needs {error.name}; install it with `pip install keyhole[report]`."
-        ) from error
     settings = [settings] if isinstance(settings, Setting) else list(settings)
     groups = collect(settings, outcomes)
     assumed, own_assumptions = shared_sentences(settings, (setting.assumptions for setting in settings))
@@ -84,15 +79,7 @@ def render_html(
         {**_view(report, setting, groups, images), "assumptions": sentences, "open": i < OPEN_SETTINGS}
         for i, (setting, sentences) in enumerate(zip(settings, own_assumptions, strict=True))
     ]
-    env = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    env.filters |= {"breakable": _breakable, "stacked": _stacked, "headline": _headline}
-    return env.get_template("report.html.j2").render(
+    page: str = templates.get_template("report.html.j2").render(
         report=report,
         frontier=frontier,
         title=settings[0].title,
@@ -135,6 +122,32 @@ def render_html(
             "pictures": PICTURES,
         },
     )
+    return page
+
+
+def environment() -> Any:
+    """The templates of pages, a `jinja2.Environment`.
+
+    Raises:
+        KeyholeError: what pages need is not installed.
+    """
+    try:
+        import jinja2
+
+        import keyhole.report.figures  # noqa: F401  (all pages have figures)
+    except ImportError as error:
+        raise KeyholeError(
+            f"the HTML report needs {error.name}; install it with `pip install keyhole[report]`."
+        ) from error
+    env = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    env.filters |= {"breakable": _breakable, "stacked": _stacked, "headline": _headline}
+    return env
 
 
 def _view(report: Report, setting: Setting, groups: Sequence[Group], images: Images | None) -> dict[str, Any]:

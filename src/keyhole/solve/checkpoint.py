@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,22 +9,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from keyhole.solve.files import tensors_as_bytes, write_whole
+
 _ACCOUNT = "account"
 
 
 def save_checkpoint(path: Path, tensors: Sequence[Tensor], account: str) -> None:
     """Write atomically, readable by the owner alone: iterates of an attack may already show the secret."""
-    from safetensors.torch import save
-
-    named = {f"{i:08d}": tensor.detach().cpu().contiguous().clone() for i, tensor in enumerate(tensors)}
-    data = save(named, metadata={_ACCOUNT: account})
-    partial = path.with_suffix(".partial")
-    handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(handle, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    named = {f"{i:08d}": tensor for i, tensor in enumerate(tensors)}
+    write_whole(path, tensors_as_bytes(named, {_ACCOUNT: account}))
 
 
 def load_checkpoint(path: Path, device: torch.device) -> tuple[list[Tensor], str] | None:

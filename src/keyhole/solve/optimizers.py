@@ -86,7 +86,7 @@ class Cosine:
 
 
 class FirstOrderState(NamedTuple):
-    """State of `SGD` and `Adam`."""
+    """State of `SGD`, `Nesterov` and `Adam`."""
 
     x: Tensor
     step: Tensor
@@ -124,6 +124,38 @@ class SGD:
         x = project(state.x - rate * velocity)
         bad = ~value.isfinite()
         return FirstOrderState(x, state.step + 1, velocity, state.square, bad)
+
+
+@dataclass(frozen=True)
+class Nesterov:
+    """Nesterov's momentum in terms of the looked-ahead point: v' <- m v - lr g; x <- x - m v + (1 + m) v'; project.
+
+    Sutskever et al. 2013 with a change of variables; the update of GMI's released code (Zhang et al. 2020, arXiv
+    1911.07135).
+    """
+
+    lr: float
+    momentum: float = 0.9
+
+    def init(self, x: Tensor) -> FirstOrderState:
+        """Zero velocity."""
+        return _first_order(x)
+
+    def restart(self, state: FirstOrderState, x: Tensor) -> FirstOrderState:
+        """The same as a new start."""
+        return _first_order(x)
+
+    def propose(self, state: FirstOrderState) -> Tensor:
+        """The current point."""
+        return state.x
+
+    def update(
+        self, state: FirstOrderState, value: Tensor, gradient: Tensor, tick: int, project: Project
+    ) -> FirstOrderState:
+        """One step; an objective that is not finite marks the trial as stuck."""
+        velocity = self.momentum * state.momentum - self.lr * gradient
+        x = project(state.x - self.momentum * state.momentum + (1 + self.momentum) * velocity)
+        return FirstOrderState(x, state.step + 1, velocity, state.square, ~value.isfinite())
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from keyhole.core.keys import fold_in, new_key, permutation
 from keyhole.core.registry import DATASETS
 from keyhole.errors import ConfigError, DataError, UnknownName, check_range
 from keyhole.zoo.decoding import from_array, need
-from keyhole.zoo.sources import Choice, Source, open_hub, open_path
+from keyhole.zoo.sources import Choice, Source, open_hub, open_local, open_path
 
 _POOLS = ("target", "tune", "public", "candidates", "train")
 _CANDIDATES = 1000
@@ -87,6 +87,7 @@ def load_data(
     label_column: str | None = None,
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
+    classes: Sequence[int] | None = None,
 ) -> Data:
     """Draw five disjoint pools from a data set.
 
@@ -112,6 +113,7 @@ def load_data(
         mean: mean of each channel in [0, 1]; by default the published one, else that of the public pool
             (never of the targets, which the attacker does not know).
         std: standard deviation of each channel, above 0; by default like ``mean``.
+        classes: only images of these classes, which are then numbered in this order; `None` takes all.
 
     Raises:
         DataError: the data cannot be read, or has too few rows.
@@ -124,6 +126,9 @@ def load_data(
     check_range("data.train", train, 0)
     check_range("data.size", 1 if size is None else size, 1)
     source = _open(name, Choice(split, image_column, label_column))
+    rows = np.arange(len(source.labels))
+    if classes is not None:
+        source, rows = _of_classes(name, source, classes)
     if source.num_classes < 2:
         raise DataError(f"data set '{name}' has one class only; an audit needs at least 2.")
     counts = _counts(name, len(source.labels), (target, tune, public), candidates)
@@ -131,7 +136,7 @@ def load_data(
     order = permutation(fold_in(new_key(seed), "pools"), len(source.labels))[: sum(counts)].tolist()
     images = _stack(name, source.read(order), size or source.size)
     labels = torch.from_numpy(source.labels[order])
-    pools = dict(zip(_POOLS, _cut(images, labels, order, counts), strict=True))
+    pools = dict(zip(_POOLS, _cut(images, labels, rows[order].tolist(), counts), strict=True))
     if mean is None:
         mean = source.mean or _mean(pools["public"])
     if std is None:
@@ -140,6 +145,61 @@ def load_data(
     mean, std = _per_channel("mean", mean, channels), _per_channel("std", std, channels)
     digest = _digest([pool for pool in pools.values() if pool is not pools["train"] or len(pool)], mean, std)
     return Data(name=name, **pools, num_classes=source.num_classes, mean=mean, std=std, digest=digest)
+
+
+def load_pool(
+    name: str,
+    *,
+    classes: Sequence[int] | None = None,
+    split: str | None = None,
+    size: int | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    image_column: str | None = None,
+    label_column: str | None = None,
+) -> Pool:
+    """Images of a data set, of some of its classes; labels stay as the set has them.
+
+    Args:
+        name: see `load_data`, as for the rest.
+        classes: only images of these classes; `None` takes all.
+        split: ``train``, ``test``, ...
+        size: side in pixels to resize to.
+        limit: most images, at least 1, drawn at random; `None` takes all.
+        seed: which draw, and their order.
+        image_column: for Parquet and hub data whose image column cannot be told.
+        label_column: likewise.
+    """
+    check_range("limit", 1 if limit is None else limit, 1)
+    source = _open(name, Choice(split, image_column, label_column))
+    rows = np.arange(len(source.labels))
+    if classes is not None:
+        known = source.labels
+        source, rows = _of_classes(name, source, classes)
+        source = replace(source, labels=known[rows])
+    order = permutation(fold_in(new_key(seed), "pool"), len(rows))[:limit].tolist()
+    images = _stack(name, source.read(order), size or source.size)
+    return Pool(images, torch.from_numpy(source.labels[order]), tuple(rows[order].tolist()))
+
+
+def _of_classes(name: str, source: Source, classes: Sequence[int]) -> tuple[Source, np.ndarray]:
+    """The images of some classes, numbered by their place in ``classes``, and their rows in the whole source."""
+    wrong = [label for label in classes if not 0 <= label < source.num_classes]
+    if wrong or len(set(classes)) < len(classes) or not classes:
+        raise ConfigError(
+            f"classes {list(classes)} of data set '{name}' must be different numbers from 0 to "
+            f"{source.num_classes - 1}, at least one."
+        )
+    rows = np.flatnonzero(np.isin(source.labels, classes))
+    if not len(rows):
+        raise DataError(f"data set '{name}' has no image of the classes {list(classes)}.")
+    number = {label: place for place, label in enumerate(classes)}
+    labels = np.array([number[label] for label in source.labels[rows].tolist()], dtype=np.int64)
+
+    def read(chosen: Sequence[int]) -> list[Tensor]:
+        return source.read(rows[list(chosen)].tolist())
+
+    return replace(source, labels=labels, num_classes=len(classes), read=read), rows
 
 
 def _open(name: str, choice: Choice) -> Source:
@@ -310,3 +370,13 @@ def cifar10(*, split: str | None = None, image_column: str | None = None, label_
     """
     source = open_hub("uoft-cs/cifar10", Choice(split, image_column, label_column))
     return replace(source, mean=(0.4914672, 0.4822617, 0.4467701), std=(0.2470322, 0.2434851, 0.2615878))
+
+
+@DATASETS.add(name="orl_faces", paper="Samaria and Harter 1994", url="https://doi.org/10.1109/ACV.1994.341300")
+def orl_faces(*, split: str | None = None, image_column: str | None = None, label_column: str | None = None) -> Source:
+    """400 grey faces of 92x112 pixels, 10 of each of 40 people; read from ``$KEYHOLE_DATA/orl_faces``.
+
+    Reference: Samaria and Harter, "Parameterisation of a stochastic model for human face identification", 1994,
+    https://doi.org/10.1109/ACV.1994.341300.
+    """
+    return open_local("orl_faces", Choice(split, image_column, label_column))

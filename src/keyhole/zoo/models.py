@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from keyhole.core.keys import fold_in, new_key
+from keyhole.core.keys import fold_in, new_key, seeded
 from keyhole.core.registry import MODELS
 from keyhole.errors import KeyholeError, ModelError, UnknownName, cause
 
@@ -49,7 +49,7 @@ def build_model(
         UnknownName: no such model, or a registered model has no such option.
     """
     given = {"input_shape": tuple(input_shape), "num_classes": num_classes}
-    with _seeded(seed):
+    with seeded(fold_in(new_key(seed), "model")):
         if ":" in name_or_factory:
             return _build_own(name_or_factory, given, options)
         card = MODELS.card(name_or_factory)
@@ -58,16 +58,6 @@ def build_model(
             if option not in accepted:
                 raise UnknownName("option", option, accepted, f"model '{name_or_factory}'")
         return _called(name_or_factory, card.factory, {**given, **options})
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Torch's CPU generator in a state that follows from the seed, for a while."""
-    high, low = fold_in(new_key(seed), "model").tolist()
-    with torch.random.fork_rng(devices=[]):
-        # Not torch.manual_seed: it also reseeds the generators of accelerators, which are not forked here.
-        torch.default_generator.manual_seed((high << 32) | low)
-        yield
 
 
 def _build_own(path: str, given: dict[str, Any], options: dict[str, Any]) -> nn.Module:

@@ -1,0 +1,103 @@
+"""Files that are whole or absent, found again by what they were made from, and for their owner alone."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from keyhole.core.types import Tensors
+from keyhole.errors import StoreError
+
+
+def cache_folder() -> Path:
+    """``$KEYHOLE_CACHE``, or else ``keyhole`` in ``$XDG_CACHE_HOME``, or else ``~/.cache/keyhole``."""
+    own = os.environ.get("KEYHOLE_CACHE")
+    if own:
+        return Path(own).expanduser()
+    shared = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    # The XDG specification has relative paths ignored.
+    return (shared if shared.is_absolute() else Path.home() / ".cache") / "keyhole"
+
+
+def feed(hashed: hashlib._Hash, tensor: Tensor) -> None:
+    """Add a tensor's type, shape and values to a digest."""
+    hashed.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+    hashed.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
+
+
+def digest(*parts: Tensors) -> str:
+    """A digest of named tensors, part by part, in the order of their names."""
+    hashed = hashlib.sha256()
+    for part in parts:
+        for name in sorted(part):
+            hashed.update(name.encode())
+            feed(hashed, part[name])
+    return hashed.hexdigest()
+
+
+@contextmanager
+def held(folder: Path, name: str) -> Iterator[Path]:
+    """The path of a cached file, while no other process reads or writes it; raises `StoreError`."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        lock = os.open(folder / f"{name}.lock", os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as error:
+        raise unusable(folder, error) from error
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:
+            raise unusable(folder, error) from error
+        yield folder / f"{name}.safetensors"
+    finally:
+        os.close(lock)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file readable by the owner alone, all of it or nothing; raises `OSError`."""
+    partial = path.with_suffix(".partial")
+    handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(handle, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def tensors_as_bytes(tensors: Tensors, metadata: dict[str, str]) -> bytes:
+    """Named tensors and an account in words, as a safetensors file holds them."""
+    from safetensors.torch import save
+
+    # Cloned, as tensors that share memory cannot be saved.
+    return save({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, metadata=metadata)
+
+
+def take(stored: Tensors, name: str, like: Tensor) -> Tensor:
+    """A tensor read from a file, removed from ``stored``, with the shape, type and device of ``like``.
+
+    Raises:
+        KeyError: there is none of that name.
+        ValueError: it has another shape or type, or holds NaN or infinity.
+    """
+    tensor = stored.pop(name)
+    if tensor.shape != like.shape or tensor.dtype != like.dtype:
+        raise ValueError(f"'{name}' is {tensor.dtype} of shape {tuple(tensor.shape)}")
+    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        raise ValueError(f"'{name}' holds NaN or infinity")
+    # Cloned, so that the tensor lies in memory as freshly computed ones do.
+    return tensor.clone().to(like.device)
+
+
+def unusable(folder: Path, error: OSError) -> StoreError:
+    """What to tell where the cache cannot be written."""
+    return StoreError(
+        f"cannot keep trained states in '{folder}' ({error.strerror}); set KEYHOLE_CACHE to a folder that can be "
+        "written to."
+    )
