@@ -34,6 +34,7 @@ from keyhole.experiment.setup import TRAIN_IMAGES, find_device
 from keyhole.experiment.store import Store
 from keyhole.experiment.training import Told, silent
 from keyhole.experiment.training_plan import TrainingPlan
+from keyhole.experiment.work import HERE, Workers
 from keyhole.federation.cache import write_whole
 from keyhole.federation.local import State
 from keyhole.federation.states import AfterRound, accuracy, rounds
@@ -96,7 +97,9 @@ def folder_of(plan: TrainingPlan, folder: Path, index: int, seed: int | str) -> 
     return folder / f"{index:02d}-{names}" / f"seed-{seed}"
 
 
-def train(plan: TrainingPlan, folder: Path, *, device: str = "cpu", told: Told = silent) -> list[Trained]:
+def train(
+    plan: TrainingPlan, folder: Path, *, device: str = "cpu", told: Told = silent, workers: Workers = HERE
+) -> list[Trained]:
     """Train what is missing in ``folder``; equal plans give equal networks, interrupted or not.
 
     Args:
@@ -104,13 +107,14 @@ def train(plan: TrainingPlan, folder: Path, *, device: str = "cpu", told: Told =
         folder: the output folder; made if needed.
         device: ``cpu`` or ``cuda``.
         told: told which training is how far.
+        workers: who trains the clients.
 
     Raises:
         ModelError: training diverged, or a defended client returned exactly the weights it got.
     """
     where = find_device(device)
     # Before the folder is claimed: bad input must leave nothing behind.
-    problem = _Problem(plan, where)
+    problem = _Problem(plan, where, workers)
     done = []
     with Store(folder) as store, one_thread(where):
         store.claim_config(plan.to_toml())
@@ -123,7 +127,7 @@ def train(plan: TrainingPlan, folder: Path, *, device: str = "cpu", told: Told =
 class _Problem:
     """What all trainings of a plan share: images, and how networks are made."""
 
-    def __init__(self, plan: TrainingPlan, device: torch.device) -> None:
+    def __init__(self, plan: TrainingPlan, device: torch.device, workers: Workers = HERE) -> None:
         section = plan.data
         options = section.audited.model_dump(exclude={"name", "mean", "std", "train"})
         wanted = TRAIN_IMAGES if section.train is None else section.train
@@ -140,7 +144,7 @@ class _Problem:
                 f"data set '{section.name}' has {len(data.train)} images left beside the other pools, and data.test "
                 f"takes {section.test}; lower data.test, data.candidates or data.target."
             )
-        self.plan, self.data, self.device = plan, data, device
+        self.plan, self.data, self.device, self.workers = plan, data, device, workers
         self.federation = plan.federation.federation()
         name, normalize = plan.model.name, plan.model.normalize
         if normalize is None:
@@ -201,7 +205,7 @@ class _Problem:
             run.rounds.append(AfterTraining(0, accuracy(task, start, *self.test)))
             _keep(run, model, start, strategy.begin(start), ())
         before = weights
-        given: dict[str, Any] = {"public": self.public, "strategy": strategy}
+        given: dict[str, Any] = {"public": self.public, "strategy": strategy, "spread": self.workers.spread}
         steps = rounds(
             task, weights, self.inputs, self.labels, self.federation, key, done=len(run.rounds) - 1,
             defense=defense, memory=memory, states=states or None, **given,
