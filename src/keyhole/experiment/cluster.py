@@ -11,6 +11,7 @@ import hashlib
 import importlib
 import os
 import re
+import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -132,7 +133,7 @@ class _Tasks:
         finally:
             # On an interrupt nothing may go on.
             for task in running:
-                self.ray.cancel(task, force=True)
+                self.ray.cancel(task)
 
     def _sent(self, work: Any) -> list[Any]:
         """References to a dataclass's type and fields; what the last one had too, such as images, travels once."""
@@ -145,15 +146,22 @@ class _Tasks:
     def _result(self, task: Any) -> Any:
         failures = self.ray.exceptions
         try:
-            result, problem = self.ray.get(task)
-        except failures.RayTaskError:
-            raise  # an error in the program, with its trace there
+            result, problem, trace = self.ray.get(task)
+        except failures.RayTaskError as error:
+            # Whatever goes wrong within the task comes back as its result, so this one never began.
+            lines = [line for line in str(error).splitlines() if line.strip()]
+            raise KeyholeError(
+                f"a node of the cluster cannot do Keyhole's work ({lines[-1].strip().rstrip('.')}); install the same "
+                "version of Keyhole on every node."
+            ) from error
         except failures.RayError as error:
             raise KeyholeError(
                 f"a worker on the cluster was killed {RETRIES + 1} times at the same work, perhaps for want of memory "
                 f"({type(error).__name__}); run the same command again to go on, with a smaller run.group or fewer "
                 "CPUs a node."
             ) from error
+        if trace:
+            raise RuntimeError(trace)
         if problem:
             raise KeyholeError(problem)
         return result
@@ -165,8 +173,8 @@ _kept: dict[str, Any] = {}
 """What the last task was made of, by reference, as the next one mostly needs the same."""
 
 
-def _perform(ours: dict[str, str], folder: str, parts: list[Any], item: Any) -> tuple[Any, str]:
-    """The result of a call, and what went wrong.
+def _perform(ours: dict[str, str], folder: str, parts: list[Any], item: Any) -> tuple[Any, str, str]:
+    """The result of a call, what the user did wrong, and the trace of what Keyhole did wrong.
 
     Args:
         ours: versions in the main process.
@@ -180,7 +188,7 @@ def _perform(ours: dict[str, str], folder: str, parts: list[Any], item: Any) -> 
     if theirs != ours:
         names = sorted(name for name in ours if ours[name] != theirs.get(name))
         listed = ", ".join(f"{name} {theirs.get(name)} instead of {ours[name]}" for name in names)
-        return None, f"{node} runs {listed}; results would differ, so install the same on every node."
+        return None, f"{node} runs {listed}; results would differ, so install the same on every node.", ""
     if Path(folder).is_dir():
         os.chdir(folder)
     wanted = [part.hex() for part in parts]
@@ -192,9 +200,11 @@ def _perform(ours: dict[str, str], folder: str, parts: list[Any], item: Any) -> 
     kind, *values = (_kept[name] for name in wanted)
     try:
         with one_thread(torch.device("cpu")):
-            return kind(*values)(item), ""
+            return kind(*values)(item), "", ""
     except KeyholeError as error:
-        return None, f"{node}: {error}"
+        return None, f"{node}: {error}", ""
+    except Exception:
+        return None, "", f"{node}:\n{traceback.format_exc()}"
 
 
 @dataclass(frozen=True, eq=False)
