@@ -35,6 +35,7 @@ from keyhole.experiment.plan import build_defense
 from keyhole.experiment.setup import TRAIN_IMAGES, find_device
 from keyhole.experiment.store import Store
 from keyhole.experiment.training_plan import TrainingPlan
+from keyhole.experiment.work import HERE, Workers
 from keyhole.federation.local import Round, State
 from keyhole.federation.states import AfterRound, accuracy, rounds
 from keyhole.federation.strategies import FedAvg, Memory, Noised
@@ -103,7 +104,13 @@ def folder_of(plan: TrainingPlan, folder: Path, index: int, seed: int | str) -> 
 
 
 def train(
-    plan: TrainingPlan, folder: Path, *, device: str = "cpu", told: Told = silent, ask: Ask | None = None
+    plan: TrainingPlan,
+    folder: Path,
+    *,
+    device: str = "cpu",
+    told: Told = silent,
+    workers: Workers = HERE,
+    ask: Ask | None = None,
 ) -> list[Trained]:
     """Train what is missing in ``folder``; equal plans give equal networks, interrupted or not.
 
@@ -112,7 +119,8 @@ def train(
         folder: the output folder; made if needed.
         device: ``cpu`` or ``cuda``.
         told: told which training is how far.
-        ask: runs the clients of a round; by default this process does.
+        workers: who trains the clients.
+        ask: runs the clients of a round in place of ``workers``.
 
     Raises:
         ConfigError: the other kind of clients began what is to be gone on with.
@@ -120,7 +128,7 @@ def train(
     """
     where = find_device(device)
     # Before the folder is claimed: bad input must leave nothing behind.
-    problem = Problem(plan, where)
+    problem = Problem(plan, where, workers)
     done = []
     with Store(folder) as store, one_thread(where):
         store.claim_config(plan.to_toml())
@@ -133,7 +141,7 @@ def train(
 class Problem:
     """What all trainings of a plan share: images, and how networks are made."""
 
-    def __init__(self, plan: TrainingPlan, device: torch.device) -> None:
+    def __init__(self, plan: TrainingPlan, device: torch.device, workers: Workers = HERE) -> None:
         section = plan.data
         options = section.audited.model_dump(exclude={"name", "mean", "std", "train"})
         wanted = TRAIN_IMAGES if section.train is None else section.train
@@ -150,7 +158,7 @@ class Problem:
                 f"data set '{section.name}' has {len(data.train)} images left beside the other pools, and data.test "
                 f"takes {section.test}; lower data.test, data.candidates or data.target."
             )
-        self.plan, self.data, self.device = plan, data, device
+        self.plan, self.data, self.device, self.workers = plan, data, device, workers
         self.federation = plan.federation.federation()
         self._parts: dict[int, tuple[Tensor, ...]] = {}
         name, normalize = plan.model.name, plan.model.normalize
@@ -222,7 +230,7 @@ class Problem:
             run.rounds.append(AfterTraining(0, accuracy(task, start, *self.test)))
             _keep(run, task, start, strategy.begin(start), ())
         before = weights
-        given: dict[str, Any] = {"public": self.public, "strategy": strategy}
+        given: dict[str, Any] = {"public": self.public, "strategy": strategy, "spread": self.workers.spread}
         steps = rounds(
             task, weights, self.inputs, self.labels, self.federation, key, done=len(run.rounds) - 1,
             defense=defense, memory=memory, states=states or None, clients=clients, **given,

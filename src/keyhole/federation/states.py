@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -16,7 +15,7 @@ from keyhole.core.keys import advance, fold_in, new_key
 from keyhole.core.task import Task
 from keyhole.core.types import Batch, Key, Weights
 from keyhole.errors import ModelError, check_range
-from keyhole.federation.local import LocalTraining, Round, State, train_round
+from keyhole.federation.local import LocalTraining, Round, Spread, State, train_round
 from keyhole.federation.norms import evaluating
 from keyhole.federation.partition import dirichlet, iid
 from keyhole.federation.strategies import FedAvg, Memory
@@ -105,7 +104,7 @@ class AfterRound(NamedTuple):
     memory: Memory | None = None
     """What the server keeps for the next round."""
     seconds: float = math.nan
-    """Wall time of a client's round, its defense included: as clients measured it, or that of all by their number."""
+    """Wall time of a client's round, its defense included: the mean over clients."""
 
 
 def federate(
@@ -167,6 +166,7 @@ def rounds(
     strategy: FedAvg | None = None,
     memory: Memory | None = None,
     states: Sequence[State] | None = None,
+    spread: Spread = map,
     clients: Clients | None = None,
 ) -> Iterator[AfterRound]:
     """The same, round by round.
@@ -186,6 +186,7 @@ def rounds(
         strategy: what the server does; by default it averages.
         memory: what the server kept after the rounds that are done.
         states: what the defense kept of each client after them.
+        spread: where clients are trained.
         clients: runs the clients of a round, as `train_round` would; by default that does it here.
     """
     strategy = strategy or FedAvg()
@@ -194,22 +195,23 @@ def rounds(
     parts = federation.deal(labels.cpu(), fold_in(key, "clients"))
     targets = torch.nn.functional.one_hot(labels, task.num_classes).to(inputs.device, inputs.dtype)
     for number in range(done, federation.rounds):
-        began = time.perf_counter()
         if clients is not None:
-            trained, seconds = clients(weights, number)
+            trained, mean = clients(weights, number)
         else:
+            seconds: list[float] = []
             trained = train_round(
                 task, weights, inputs, targets, parts, local, round_key(key, number),
                 number=number, together=together, defense=defense, states=states, public=public,
+                spread=spread, spent=seconds.append,
             )  # fmt: skip
-            seconds = (time.perf_counter() - began) / len(parts)
+            mean = math.fsum(seconds) / len(parts)
         states = trained.states
         weights, memory = strategy.aggregate(weights, trained.weights, trained.examples, memory)
         share = trained.examples.double() / trained.examples.sum()
         loss = float((trained.loss.double().cpu() * share).sum())
         if not all(bool(torch.isfinite(t).all()) for t in (torch.tensor(loss), *weights.params.values())):
             raise ModelError(f"training diverged in round {number + 1} with lr = {federation.lr:g}; lower it.")
-        yield AfterRound(number + 1, weights, loss, trained, memory, seconds)
+        yield AfterRound(number + 1, weights, loss, trained, memory, mean)
 
 
 def round_key(key: Key, number: int) -> Key:
