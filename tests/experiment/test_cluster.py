@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import threading
 import time
@@ -189,7 +190,7 @@ def test_what_a_killed_worker_and_a_killed_node_did_is_done_again(
 
 
 def test_an_interrupted_audit_goes_on_over_nodes(workers: Workers, here: Path, tmp_path: Path) -> None:
-    """What was done is stored, what was not is cancelled, and another run does the rest."""
+    """What was done is stored, and another run does the rest."""
     experiment = load_experiment("quick", OPTIONS)
 
     class Interrupting(Silent):
@@ -286,6 +287,15 @@ def test_a_group_goes_on_from_the_checkpoint_that_travelled(monkeypatch: pytest.
 def test_addresses_are_checked(address: str) -> None:
     with pytest.raises(ConfigError, match="must be auto, local or host:port"), cluster(address):
         pass
+
+
+def test_a_cluster_that_is_not_there_is_said_at_once() -> None:
+    pytest.importorskip("ray", reason="Ray, which the extra 'flower' brings, is not installed")
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # taken, and nobody listens
+        address = f"127.0.0.1:{closed.getsockname()[1]}"
+        with pytest.raises(ConfigError, match="no Ray cluster can be reached.*ConnectionRefused"), cluster(address):
+            pass
 
 
 def test_missing_ray_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ import hashlib
 import importlib
 import os
 import re
+import socket
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
@@ -37,6 +38,9 @@ from keyhole.solve.threads import one_thread
 
 RETRIES = 3
 """How often a task whose worker was killed runs again."""
+
+AHEAD = 2
+"""Tasks that are given to the cluster at a time, for each of its CPUs."""
 
 Files = dict[str, bytes]
 
@@ -71,10 +75,14 @@ def _connected(address: str) -> Any:
         os.environ.setdefault("RAY_usage_stats_enabled", "0")
         options = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
     try:
+        if ":" in address:
+            # Ray itself would try for minutes, and then end the whole process.
+            host, _, port = address.rpartition(":")
+            socket.create_connection((host, int(port)), timeout=10).close()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # advice to those who write Ray programs
             ray.init(address=address, log_to_driver=False, logging_level="ERROR", **options)
-    except (ConnectionError, RuntimeError, ValueError, AssertionError, OSError) as error:
+    except (OSError, OverflowError, RuntimeError, ValueError, AssertionError) as error:
         raise ConfigError(
             f"no Ray cluster can be reached at '{address}' from this machine ({cause(error)}); start one with "
             "'ray start --head', or use --ray local."
@@ -124,16 +132,17 @@ class _Tasks:
         """Numbers of the items and what calls with them gave, as they finish."""
         parts = self._sent(work)
         ours = _versions()
-        running = {self.perform.remote(ours, os.getcwd(), parts, item): number for number, item in enumerate(items)}
-        try:
-            while running:
-                (done, *_), _ = self.ray.wait(list(running))
-                number = running.pop(done)
-                yield number, self._result(done)
-        finally:
-            # On an interrupt nothing may go on.
-            for task in running:
-                self.ray.cancel(task)
+        waiting = list(enumerate(items))[::-1]
+        running: dict[Any, int] = {}
+        while waiting or running:
+            # Few ahead, as they are not cancelled on an interrupt: Ray 2.55 ends the main process where a task ends
+            # while it is being cancelled. The end of the connection ends them.
+            most = AHEAD * max(1, int(self.ray.cluster_resources().get("CPU", 0)))
+            while waiting and len(running) < most:
+                number, item = waiting.pop()
+                running[self.perform.remote(ours, os.getcwd(), parts, item)] = number
+            (done, *_), _ = self.ray.wait(list(running))
+            yield running.pop(done), self._result(done)
 
     def _sent(self, work: Any) -> list[Any]:
         """References to a dataclass's type and fields; what the last one had too, such as images, travels once."""
