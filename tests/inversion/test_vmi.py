@@ -82,7 +82,7 @@ def test_the_best_gaussian_of_a_quadratic_loss_is_the_posterior():
 
 @pytest.mark.parametrize("posterior", ["gaussian", "flow"])
 def test_without_identity_the_divergence_pulls_to_the_prior(posterior):
-    method = vmi(weight=0.0, kl=1.0, posterior=posterior, draws=64, lr=0.03, descent="adam")
+    method = vmi(weight=0.0, kl=1.0, posterior=posterior, draws=64, lr=0.01)
     target, prior = linear_target(dtype=torch.float32), linear_prior(torch.float32)
     start = method.start(target, prior, new_key(8))
     candidate = {name: tensor + 0.2 * normal(fold_in(new_key(9), name), tuple(tensor.shape))
@@ -133,7 +133,7 @@ def test_the_engine_draws_as_many_images_as_asked_and_repeats_itself():
     target, prior = linear_target(dtype=torch.float32), linear_prior(torch.float32)
     public = torch.rand(5, 1, 2, 2, generator=torch.Generator().manual_seed(0))
     for posterior in ("gaussian", "flow"):
-        method = vmi(posterior=posterior, steps=40, descent="adam", final=2)
+        method = vmi(posterior=posterior, steps=40, final=2)
         runs = [invert(method, target.task, [target.weights], prior, public, 6, [new_key(s)])[0] for s in (0, 0, 1)]
         first, again, other = runs
         assert first.images.shape == (CLASSES, 6, 1, 2, 2)
@@ -149,7 +149,7 @@ def test_the_engine_draws_as_many_images_as_asked_and_repeats_itself():
 def test_a_file_names_its_options():
     raw = {
         "public": [{"classes": [5, 6]}],
-        "attacks": [{"name": "vmi", "posterior": "flow", "flow_steps": 2, "descent": "adam", "hsic": "faithful"}],
+        "attacks": [{"name": "vmi", "posterior": "flow", "flow_steps": 2, "hsic": "faithful"}],
     }
     data, model = DataSection(name="digits", classes=[0, 1]), ModelSection(name="mcnn")
     plan = read_inverting(copy.deepcopy(raw), data, model, 3)
