@@ -128,7 +128,7 @@ class VMI(Inversion):
         identity = identity_loss(self.identity, target, facts, images, labels, self.views, fold_in(key, "views"))
         noise = self._noise(candidate, self.draws, fold_in(key, "divergence"))
         divergence = vmap(self.family.divergence, in_dims=(0, 1))(candidate, noise).sum()
-        return self.weight * identity / self.draws + self.kl * divergence + self._dependence()(made)
+        return self.weight * identity / self.draws + self.kl * divergence + target.classes * self._dependence()(made)
 
     def images(self, prior: GAN, candidate: Candidate, count: int, key: Key) -> Tensor:
         """G of draws from each class's distribution, (count, k, c, h, w)."""
