@@ -33,6 +33,7 @@ check: $(VENV)/.keyhole-dev docs
 bench: $(VENV)/.keyhole-all
 	$(BIN)/python benchmarks/lifted.py
 	$(BIN)/python benchmarks/evaluations.py
+	$(BIN)/python benchmarks/inversion.py
 
 claims: $(VENV)/.keyhole-dev
 	$(BIN)/python tests/claims/measure.py

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from keyhole.core.defense import Defense, chain
 from keyhole.core.keys import fold_in, new_key, split, uniform
 from keyhole.core.registry import ATTACKS, DEFENSES
-from keyhole.core.task import Bounds, Task, weights_of
+from keyhole.core.task import Bounds, Task, fit_weights, weights_of
 from keyhole.core.threat import ThreatModel, observe
 from keyhole.core.trial import Spec, Trial
 from keyhole.core.types import Batch, Observation, Weights
@@ -65,6 +65,11 @@ class Bench:
         return Batch(
             self.task.bounds.from_pixels(pixels), targets, torch.full((size,), 1.0 / size, dtype=torch.float64)
         )
+
+    def under(self, defense: Defense) -> Bench:
+        """The same problem with the model as a defense changes it."""
+        task = defense.on_task(self.task)
+        return replace(self, task=task, weights=fit_weights(task, self.weights))
 
     @property
     def public(self) -> Batch:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -35,6 +37,7 @@ from keyhole.experiment.spec import load_study, presets
 from keyhole.experiment.template import write_template
 from keyhole.experiment.train import Trained, train
 from keyhole.experiment.training_plan import TrainingPlan, load_training
+from keyhole.experiment.work import HERE, Workers
 
 app = typer.Typer(
     help="Measure how much private data can be recovered from what federated-learning clients share.",
@@ -57,7 +60,10 @@ KINDS: dict[str, Registry] = {
     "data": registry.DATASETS,
 }
 PAUSED = 3
-BACKENDS = ("lifted",)
+Ray = Annotated[
+    str | None, typer.Option("--ray", metavar="ADDRESS", help="Work on a Ray cluster: auto, host:port or local.")
+]
+BACKENDS = ("lifted", "flower")
 
 
 @app.command("init")
@@ -85,10 +91,11 @@ def audit_command(
     transcript: Annotated[Path | None, typer.Option(help="Attack what keyhole.fl.Recorder wrote instead.")] = None,
     model: Annotated[str | None, typer.Option(help="With --transcript: package.module:factory.")] = None,
     secrets: Annotated[Path | None, typer.Option(help="With --transcript: what record_batches wrote.")] = None,
+    ray: Ray = None,
 ) -> None:
     """Attack what clients would send, or did send, and write a report. Run again to go on after an interruption."""
     if transcript is not None:
-        if source is not None or model is None or layers or dry or as_json:
+        if source is not None or model is None or layers or dry or as_json or ray:
             raise ConfigError("--transcript goes with --model, and with --secrets, --out and --set where wanted.")
         _audit_transcript(transcript, model, secrets, overrides or [], out_dir or Path("audits") / "transcript")
         return
@@ -99,12 +106,17 @@ def audit_command(
         study = with_layers(study)
     if as_json and not dry:
         raise ConfigError("--json goes with --dry-run; an audit writes its numbers to report.json in its folder.")
+    if dry and ray is not None:
+        raise ConfigError("--dry-run measures this machine; leave out --ray.")
     if dry:
         prospect = dry_run(study, jobs=jobs, device=device)
         print(json.dumps(prospect.asdict(), indent=2) if as_json else in_words(prospect))
         return
     folder = out_dir or Path("audits") / study.title
-    done = _interruptible(lambda bars: audit(study, folder, jobs=jobs, device=device, seconds=seconds, progress=bars))
+    with _workers(ray, jobs, device) as workers:
+        done = _interruptible(
+            lambda bars: audit(study, folder, jobs=jobs, device=device, seconds=seconds, progress=bars, workers=workers)
+        )
     if not done and not (folder / SETTING).exists():
         err.print(f"Paused while tuning; the same command goes on. Stored so far: {folder}", highlight=False)
         raise typer.Exit(PAUSED)
@@ -119,15 +131,24 @@ def train_command(
     source: Annotated[str, typer.Argument(metavar="PRESET_OR_TOML", help="A training preset's name or file.")],
     out_dir: Annotated[Path | None, typer.Option("--out", help="Output folder; by default trainings/TITLE.")] = None,
     overrides: Annotated[list[str] | None, typer.Option("--set", help="Override a key: federation.rounds=5.")] = None,
-    backend: Annotated[str, typer.Option(help="What runs the clients: lifted (this process).")] = "lifted",
+    backend: Annotated[str, typer.Option(help="What runs the clients: lifted (this process) or flower.")] = "lifted",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    ray: Ray = None,
 ) -> None:
     """Train by federated learning under each defense: accuracy, cost, checkpoints. Run again to go on."""
     if backend not in BACKENDS:
         raise UnknownName("backend", backend, BACKENDS, "--backend")
     plan = load_training(source, overrides or [])
     folder = out_dir or Path("trainings") / plan.title
-    _print_training(plan, _interruptible(lambda bars: train(plan, folder, device=device, told=bars.training)), folder)
+    if backend == "flower":
+        if ray is not None:
+            raise ConfigError("--backend flower starts its own Ray; leave out --ray, or the backend.")
+        run = _flower(device)
+        done = _interruptible(lambda bars: run(plan, folder, told=bars.training))
+    else:
+        with _workers(ray, device=device) as workers:
+            done = _interruptible(lambda bars: train(plan, folder, device=device, told=bars.training, workers=workers))
+    _print_training(plan, done, folder)
 
 
 @app.command("frontier")
@@ -137,6 +158,7 @@ def frontier_command(
     overrides: Annotated[list[str] | None, typer.Option("--set", help="Override a key: audit.run.samples=4.")] = None,
     jobs: Annotated[int, typer.Option(min=0, help="Worker processes on a CPU; 0: one a core.")] = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    ray: Ray = None,
 ) -> None:
     """Train under each defense, then attack updates of chosen rounds: accuracy beside leakage in one report."""
     from keyhole.report.frontier import write_frontier
@@ -145,9 +167,12 @@ def frontier_command(
 
     plan = load_training(source, overrides or [])
     folder = out_dir or Path("frontiers") / plan.title
-    done = _interruptible(
-        lambda bars: frontier(plan, folder, name=defense_name, jobs=jobs, device=device, progress=bars)
-    )
+    with _workers(ray, jobs, device) as workers:
+        done = _interruptible(
+            lambda bars: frontier(
+                plan, folder, name=defense_name, jobs=jobs, device=device, progress=bars, workers=workers
+            )
+        )
     table, report, html = write_frontier(plan, done, folder)
     _print_table([(*line[:3], *line[5:7]) for line in table])
     for said in (*remarks(done), report.verdict):
@@ -272,7 +297,29 @@ def _presets() -> list[dict[str, Any]]:
     return [{"name": n, "summary": text.split("\n")[0].lstrip("# ")} for n, text in sorted(known.items())]
 
 
+def _flower(device: str) -> Callable[..., list[Trained]]:
+    """Training with Flower's simulation engine."""
+    if device != "cpu":
+        raise ConfigError("--backend flower trains on a CPU; leave out --device, or the backend.")
+    # Read when Flower is imported. In their own apps users decide about it.
+    os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+    from keyhole.fl.apps import train_in_flower
+
+    return train_in_flower
+
+
 _T = TypeVar("_T")
+
+
+def _workers(ray: str | None, jobs: int = 0, device: str = "cpu") -> AbstractContextManager[Workers]:
+    """Who works: this machine, or a Ray cluster."""
+    if ray is None:
+        return nullcontext(HERE)
+    if jobs or device != "cpu":
+        raise ConfigError("--ray works on all CPUs that the cluster offers; leave out --jobs and --device.")
+    from keyhole.experiment.cluster import cluster
+
+    return cluster(ray)
 
 
 def _interruptible(work: Callable[[_Bars], _T]) -> _T:

@@ -20,6 +20,7 @@ import numpy as np
 
 from keyhole.experiment.store import Store
 from keyhole.report.intervals import spread
+from keyhole.report.inversion import difference
 from keyhole.report.summarize import summarize
 from keyhole.report.write import read_audit
 
@@ -97,7 +98,7 @@ def measure_report(how: dict[str, Any], report: Report, folder: Path) -> tuple[f
 
 def pick(entries: list[dict[str, Any]], how: dict[str, Any]) -> dict[str, Any]:
     """The one entry that has what ``how`` says."""
-    fields = {f: how[f] for f in ("setting", "defense", "attack", "attacker", "against") if f in how}
+    fields = {f: how[f] for f in ("setting", "defense", "attack", "attacker", "against", "round") if f in how}
     found = [e for e in entries if all(e.get(field) == wanted for field, wanted in fields.items())]
     if len(found) != 1:
         raise SystemExit(f"{len(found)} entries of the report have {fields}; one is needed")
@@ -112,13 +113,15 @@ def number(cell: Any) -> tuple[float, list[float] | None]:
 
 
 def points_of(verb: str, source: str, folder: Path | None) -> list[dict[str, Any]]:
-    """What ``keyhole train`` or ``keyhole frontier`` says of each defense, run here or taken from ``folder``."""
+    """What ``keyhole train``, ``frontier`` or ``invert`` says of each row, run here or taken from ``folder``."""
     name = str(HERE / source) if source.endswith(".toml") else source
     if folder is None:
         folder = ROOT / "audits" / "claims" / source.removesuffix(".toml")
         command = [sys.executable, "-c", "from keyhole.cli import main; main()", verb, name, "--out", str(folder)]
         subprocess.run(command, check=True)
-    file, key = ("train.json", "summary") if verb == "train" else ("report.json", "points")
+    file, key = {
+        "train": ("train.json", "summary"), "frontier": ("report.json", "points"), "invert": ("report.json", "rows")
+    }[verb]  # fmt: skip
     return list(json.loads((folder / file).read_text())[key])
 
 
@@ -140,6 +143,13 @@ def paired_with_best_control(how: dict[str, Any], folder: Path) -> tuple[float, 
     differences = np.array([[attack[s, r] - control[s, r] for r in images] for s in seeds])
     found = spread(differences)
     return found.median, [found.low, found.high]
+
+
+def paired_by_network(how: dict[str, Any], rows: list[dict[str, Any]]) -> tuple[float, list[float]]:
+    """One row less another on the same networks, on average, with its 95 % interval over networks."""
+    one, other = (pick(rows, how[side])[how["value"]] for side in ("of", "to"))
+    found = difference([one[seed] - other[seed] for seed in one])
+    return found.value, [found.low, found.high]
 
 
 def run_benchmark(script: str, arguments: tuple[str, ...]) -> dict[str, Any]:
@@ -205,11 +215,14 @@ def main() -> None:
                 run = (how.get("script", "lifted.py"), *how.get("arguments", ()))
                 figures[run] = figures.get(run) or run_benchmark(run[0], run[1:])
                 card["measured"], card["interval"] = number(dig(figures[run], how["value"]))
-            elif how["kind"] in ("train", "frontier"):
-                own = (how["kind"], how["file"])
+            elif how["kind"] in ("train", "frontier", "invert", "invert_difference"):
+                own = (how["kind"].removesuffix("_difference"), how["file"])
                 if own not in points:
                     points[own] = points_of(*own, Path(folders[how["file"]]) if how["file"] in folders else None)
-                card["measured"], card["interval"] = number(pick(points[own], how)[how["value"]])
+                if how["kind"] == "invert_difference":
+                    card["measured"], card["interval"] = paired_by_network(how, points[own])
+                else:
+                    card["measured"], card["interval"] = number(pick(points[own], how)[how["value"]])
             else:
                 audit = how["audit"]
                 if audit not in reports:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ from keyhole.core.defense import Context, Counter, CounterChain, Defense, chain
 from keyhole.core.keys import fold_in, new_key, normal, split
 from keyhole.core.registry import DEFENSES
 from keyhole.core.rule import ClientRule, LocalSGD, SingleGradient
-from keyhole.core.task import fit_weights, plain_gradient
+from keyhole.core.task import plain_gradient
 from keyhole.core.threat import ThreatModel, observe
 from keyhole.core.types import Batch, Tensors
 from keyhole.errors import ConfigError
@@ -44,12 +43,6 @@ def context(bench: Any, key: Tensor = KEY, state: dict[str, Tensors] | None = No
     return Context(bench.task, bench.weights, key, state={} if state is None else state)
 
 
-def changed(bench: Any, defense: Defense) -> Any:
-    """The same problem with the model as the defense changes it."""
-    task = defense.on_task(bench.task)
-    return replace(bench, task=task, weights=fit_weights(task, bench.weights))
-
-
 def gradient_of(bench: Any, size: int = 2, seed: int = 0) -> Tensors:
     return plain_gradient(bench.task)(bench.weights, bench.batch(size, seed), KEY)
 
@@ -66,7 +59,7 @@ def large(seed: int = 0) -> Tensors:
 
 def sent(bench: Any, defense: Defense, batch: Batch, key: Tensor = KEY, rule: ClientRule | None = None) -> Tensors:
     """What leaves a client after one round."""
-    bench = changed(bench, defense)
+    bench = bench.under(defense)
     threat = ThreatModel(rule or SingleGradient(), batch_size=len(batch.inputs))
     (seen,) = observe(bench.task, threat, defense, bench.weights, (batch,), key, bench.public)
     update: Tensors = seen.update
@@ -152,7 +145,7 @@ def test_randomness_is_fresh_for_each_key_and_the_same_for_the_same(case: Case, 
 
 @each_case
 def test_two_rounds_of_one_batch_differ_where_there_is_randomness_or_memory(case: Case, bench: Any) -> None:
-    batch, bench = bench.batch(2), changed(bench, build(case))
+    batch, bench = bench.batch(2), bench.under(build(case))
     first, second = observe(
         bench.task, ThreatModel(batch_size=2), build(case), bench.weights, (batch, batch), KEY, bench.public
     )
@@ -178,7 +171,7 @@ RULES = [SingleGradient(), LocalSGD(2, 0.3, 2)]
 @each_case
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_a_round_changes_what_is_sent_and_nothing_else(case: Case, rule: ClientRule, bench: Any) -> None:
-    bench = changed(bench, build(case))  # so that the plain client has this model, too
+    bench = bench.under(build(case))  # so that the plain client has this model, too
     batch = bench.batch(3)
     given = [t.clone() for t in (*batch, *bench.weights.params.values())]
     out, plain = sent(bench, build(case), batch, rule=rule), sent(bench, chain(), batch, rule=rule)
@@ -200,7 +193,7 @@ def test_a_chain_of_one_sends_the_same_bits(case: Case, bench: Any) -> None:
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_rounds_lifted_equal_rounds_looped(case: Case, rule: ClientRule, bench: Any) -> None:
     defense, secrets = build(case), bench.secrets(3, 2)
-    bench = changed(bench, defense)
+    bench = bench.under(defense)
     (lifted,) = bench.see(secrets, ThreatModel(rule, batch_size=2), defense, seed=5)
     keys = split(fold_in(new_key(5), "test client"), 3)
     for i in range(3):
@@ -233,7 +226,7 @@ def truth_loss(bench: Any, defense: Defense, counter: Counter, size: int, key: T
     """The matching loss at the true batch, by the attacker's own simulation and comparison."""
     # What layers draw is told, as it is wherever something is promised of the truth.
     threat = ThreatModel(batch_size=size, counter=counter, sees=frozenset({"weights", "update", "hints", "masks"}))
-    bench, batch = changed(bench, defense), bench.batch(size)
+    bench, batch = bench.under(defense), bench.batch(size)
     (seen,) = observe(bench.task, threat, defense, bench.weights, (batch,), key, bench.public)
     facts = counter.facts(bench.task, (seen,))
     unknowns = counter.unknowns(bench.task, (seen,), KEY)

@@ -29,7 +29,7 @@ CARDS = list(INVERSIONS)
 each = pytest.mark.parametrize("card", CARDS, ids=lambda card: card.name)
 SHAPE, CLASSES, LATENT = (1, 2, 3), 3, 4
 PUBLIC = uniform(new_key(3), (7, *SHAPE), torch.float64)
-SHORT = {"steps": 6, "lr": 1e-3, "weight": 10.0}
+SHORT = {"steps": 6, "lr": 1e-3, "weight": 10.0, "gan_latent": LATENT}
 ARGUMENTS = {"self", "target", "public", "key", "place", "before", "prior", "facts", "candidate", "count"}
 
 

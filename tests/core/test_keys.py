@@ -139,3 +139,15 @@ def test_scalars_and_empty_shapes_can_be_drawn() -> None:
     assert keys.normal(KEY, ()).shape == ()
     assert keys.uniform(KEY, (0, 3)).shape == (0, 3)
     assert keys.normal(KEY, (0,)).shape == (0,)
+
+
+def test_modules_draw_by_a_key_and_the_global_state_is_left_alone() -> None:
+    state, drawn = torch.get_rng_state(), []
+    for key in (KEY, KEY, keys.fold_in(KEY, "other")):
+        with keys.seeded(key):
+            drawn.append(torch.nn.Linear(3, 2).weight.detach())
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+    with pytest.raises(RuntimeError, match="in between"), keys.seeded(KEY):
+        raise RuntimeError("in between")
+    assert torch.equal(state, torch.get_rng_state())

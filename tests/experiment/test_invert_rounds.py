@@ -238,11 +238,11 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         calls.append("gan")
         return descend(self, *given)
 
-    def spy_train(self: Any, run: Any, told: Any) -> Any:
+    def spy_train(self: Any, run: Any, told: Any, *given: Any) -> Any:
         def heard(what: str, fraction: float) -> None:
             calls.append("round")
 
-        return rounds(self, run, heard)
+        return rounds(self, run, heard, *given)
 
     monkeypatch.setattr(stage, "invert", spy_search)
     monkeypatch.setattr(gan._Training, "_descend", spy_descend)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import stat
 from pathlib import Path
 from typing import Any
@@ -176,6 +177,56 @@ def test_an_attacker_who_knows_the_defense_tries_its_counters(
     naive, adaptive = audit_transcript(folder, MODEL, secrets, changes).found[0].attempts
     assert (naive.attacker, adaptive.attacker.partition(":")[0]) == ("naive", "adaptive")
     assert adaptive.metrics["ssim"][0] > 0.9 > naive.metrics["ssim"][0]
+
+
+def test_a_counter_with_a_second_attack_inverts_the_features_of_what_was_found(
+    tmp_path: Path, model: Small, image: tuple[Tensor, Tensor]
+) -> None:
+    """The features of its images are nearly those of the client's image, worked out with the model itself."""
+    folder = record(tmp_path / "t", model, {"7": moved(model, [image])}, {"7": 1}, lr=LR)
+    attack = 'attacks=[{name="inverting_gradients",steps=400,restarts=1,tv=0.0}]'
+    findings = audit_transcript(
+        folder, MODEL, keep(tmp_path / "s", "7", *image), (attack, 'defense=[{name="obscuring"}]')
+    )
+    naive, _, second = findings.found[0].attempts
+    assert second.attacker == "adaptive:feature_inversion" and second.status != "refused"
+    assert second.evaluations > naive.evaluations and second.labels == naive.labels
+    features = [torch.sigmoid(model.conv(x)) for x in (second.guesses, image[0], torch.full_like(image[0], 0.5))]
+    assert (features[0] - features[1]).norm() < 0.5 * (features[2] - features[1]).norm()
+    assert not torch.allclose(second.guesses, naive.guesses, atol=0.01), "the second attack prefers smooth images"
+    # Its score is a distance of features, and says nothing of the update.
+    assert math.isnan(second.score)
+    write_recorded(findings, tmp_path / "out")
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert not report["updates"][0]["attacks"][2]["explains_update"]
+    assert "It began at gray" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_attackers_that_need_more_than_a_transcript_has_are_refused_with_the_reason(
+    tmp_path: Path, model: Small, image: tuple[Tensor, Tensor]
+) -> None:
+    folder = record(tmp_path / "t", model, {"7": moved(model, [image])}, {"7": 1}, lr=LR)
+    wanted = 'attacks=[{name="inverting_gradients",steps=2,restarts=1,start="mean"}]'
+    findings = audit_transcript(folder, MODEL, changes=(wanted, 'defense=[{name="concealing"}]'))
+    naive, told, _ = findings.found[0].attempts
+    assert naive.status == "refused" and "start = 'mean' needs public images" in naive.detail
+    assert "it needs hints, which a transcript does not hold" in told.detail
+    write_recorded(findings, tmp_path / "out")
+    for file in ("report.md", "report.html"):
+        text = (tmp_path / "out" / file).read_text()
+        assert "needs public images" in text and "needs hints" in text
+
+
+def test_counters_are_told_how_many_images_there_are_and_explain_one_step(tmp_path: Path, model: Small) -> None:
+    made = torch.Generator().manual_seed(5)
+    batch = (torch.rand(2, 1, 8, 8, generator=made), torch.tensor([0, 1]))
+    changes = ('attacks=[{name="inverting_gradients",steps=2,restarts=1}]', 'defense=[{name="concealing"}]')
+    one = record(tmp_path / "one", model, {"7": moved(model, [batch])}, {"7": 2}, lr=LR)
+    found = audit_transcript(one, MODEL, changes=changes).found[0].attempts[2]
+    assert found.attacker == "adaptive:labels_found" and found.status == "budget" and len(found.guesses) == 2
+    two = record(tmp_path / "two", model, {"7": moved(model, [batch, batch])}, {"7": 2}, lr=LR, epochs=2)
+    refused = audit_transcript(two, MODEL, changes=changes).found[0].attempts[2]
+    assert refused.status == "refused" and "can only explain an update of one gradient" in refused.detail
 
 
 def test_the_report_says_what_was_found(tmp_path: Path, model: Small, image: tuple[Tensor, Tensor]) -> None:

@@ -117,7 +117,7 @@ def test_networks_of_this_audit_have_no_facts_of_training() -> None:
     assert len(setup.data.train) == 0
 
 
-def test_a_worker_loads_what_it_works_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_loads_what_it_works_on() -> None:
     """Settings are loaded once, the oldest makes room, and other weights than the parent's are refused."""
     raw = {
         "data": {"name": "digits", "target": 4, "tune": 0, "public": 4, "candidates": 0},
@@ -129,18 +129,18 @@ def test_a_worker_loads_what_it_works_on(monkeypatch: pytest.MonkeyPatch) -> Non
     study = parse_study(raw)
     prints = [prepare(experiment, CPU).fingerprint for experiment in study.experiments]
     assert len(set(prints)) == len(prints)
-    monkeypatch.setattr(work, "_worker", {"study": study, "fingerprints": list(prints), "setups": {}})
-    first = work._setup(0)
-    assert work._setup(0) is first
+    loaded = work.Loaded(study, list(prints))
+    first = loaded.setup(0)
+    assert loaded.setup(0) is first
     for number in range(1, len(prints)):
-        assert work._setup(number).fingerprint == prints[number]
-    assert len(work._worker["setups"]) == work.SETUPS
-    again = work._setup(0)
+        assert loaded.setup(number).fingerprint == prints[number]
+    assert len(loaded.known) == work.SETUPS
+    again = loaded.setup(0)
     assert again is not first
     assert again.fingerprint == first.fingerprint
-    work._worker["fingerprints"][1] = "another"
+    loaded.fingerprints[1] = "another"
     with pytest.raises(KeyholeError, match="a worker loaded other data or weights"):
-        work._setup(1)
+        loaded.setup(1)
 
 
 def test_workers_refuse_other_weights(nets: str, tmp_path: Path) -> None:

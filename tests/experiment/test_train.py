@@ -199,6 +199,15 @@ def test_held_out_images_are_never_trained_on(tmp_path: Path) -> None:
     assert torch.equal(torch.cat(parts).sort().values, torch.arange(66))
 
 
+def test_images_that_no_client_has_are_counted(tmp_path: Path) -> None:
+    pytest.importorskip("flwr_datasets")
+    plan = plan_of(partition="shard", shard_size=16, rounds=1, batch_size=8)
+    with pytest.warns(UserWarning, match='^2 of 66 training images go to no client: partition = "shard".$') as said:
+        (run,) = train(plan, tmp_path)
+    # Four shards for three clients; once for all of a seed.
+    assert len(said) == 1 and run.seen == 1
+
+
 def test_the_mean_over_seeds_has_a_student_interval() -> None:
     found = over_seeds([0.90, 0.92, 0.97])
     # By hand: mean 0.93, standard error 0.0208167, t(0.975, 2) = 4.302653.
@@ -238,6 +247,13 @@ def run(*arguments: str) -> int:
         (["train", "frontier", "--set", "federation.round=3"], "did you mean 'rounds'"),
         (["train", "frontier", "--set", "federation.mu=0.1"], 'belongs to strategy = "fedprox"'),
         (["train", "frontier", "--set", "federation.alpha=0.1"], 'belongs to partition = "dirichlet"'),
+        (
+            ["train", "frontier", "--set", 'federation.partition="fun"'],
+            "Accepted: dirichlet, exponential, flower_dirich",
+        ),
+        (["train", "frontier", "--set", 'federation.partition="shard"'], "shards_per_client or federation.shard_size"),
+        (["train", "frontier", "--set", "federation.min_size=5"], 'belongs to partition = "flower_dirichlet"'),
+        (["train", "frontier", "--backend", "flower", "--device", "cuda"], "leave out --device, or the backend"),
         (["train", "frontier", "--set", "federation.clients=2000"], "clients cannot share"),
         (["train", "frontier", "--set", "data.test=5000"], "lower data.test"),
         (["train", "frontier", "--set", "run.seeds=[0, 0]"], "repeats a seed"),

@@ -3,6 +3,8 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,13 @@ pytest.importorskip("flwr")
 os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
 
 from quickstart_case import EXAMPLE, quickstart, run
+from safetensors.torch import load_file, save
 
 from keyhole import cli
 from keyhole.core import defense as core
 from keyhole.core.registry import DEFENSES
 from keyhole.core.types import Weights
+from keyhole.errors import KeyholeError
 from keyhole.experiment.transcript import read_secret, read_transcript
 from keyhole.fl import DefenseMod
 from keyhole.fl.mods import round_key
@@ -58,8 +62,6 @@ def test_one_step_on_one_image_gives_it_away_to_whoever_has_transcript_and_model
         attack = 'attacks=[{name="inverting_gradients",steps=800,restarts=2,tv=0.0}]'
         rest = ("--model", "quickstart.model:Net", "--out", folder / "out", "--set", attack, "--set", "most=1")
         assert keyhole(monkeypatch, "audit", "--transcript", folder / "transcript", *rest) == 0
-        from safetensors.torch import load_file
-
         (found,) = load_file(folder / "out" / "reconstructions.safetensors").values()
         (update,) = json.loads((folder / "out" / "report.json").read_text())["updates"]
         secret = read_secret(folder / "secrets", 1, update["client"])
@@ -137,6 +139,74 @@ def test_wrong_input_is_one_sentence_and_exit_code_2(
         assert keyhole(monkeypatch, *known, net) == 2
         assert "cut short" in capsys.readouterr().err
     assert not (tmp_path / "audits").exists()
+
+
+def test_a_bad_transcript_is_one_sentence_and_exit_code_2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with quickstart(tmp_path, "record") as folder:
+        run(folder, 2, **ONE)
+        whole, place = folder / "transcript", Path("round-0001")
+        update = place / "client-1000.safetensors"
+        tensors = load_file(whole / update)
+        holed = save({**tensors, "fc2.bias": tensors["fc2.bias"] * float("nan")})
+        torch.save(tensors, folder / "weights.pt")
+        other = save({name: value for name, value in tensors.items() if name != "fc2.bias"})
+        newer = (whole / "transcript.json").read_bytes().replace(b'"version": 1', b'"version": 2')
+        for number, (name, content, said) in enumerate(
+            (
+                (update, holed, "'fc2.bias' holds NaN or infinity"),
+                (update, pickle.dumps(Bomb()), "is a pickle, which could run code and is never loaded"),
+                (update, (folder / "weights.pt").read_bytes(), "is a pickle, which could run code and is never loaded"),
+                (update, other, "lacks 'fc2.bias'; it is of another model"),
+                (update, save(tensors)[:-4], "cut short"),
+                (place / "round.json", (whole / place / "round.json").read_bytes()[:-40], "cut short"),
+                (Path("transcript.json"), newer, "version 2, of a newer Keyhole"),
+            )
+        ):
+            bad = folder / f"bad{number}"
+            shutil.copytree(whole, bad)
+            (bad / name).write_bytes(content)
+            if name == update:  # as whoever meant to deceive would
+                told = json.loads((bad / place / "round.json").read_text())
+                told["files"][update.name] = len(content)
+                (bad / place / "round.json").write_text(json.dumps(told))
+            assert keyhole(monkeypatch, "audit", "--transcript", bad, "--model", "quickstart.model:Net") == 2
+            printed = capsys.readouterr()
+            error = " ".join(printed.err.split())
+            assert error.startswith("Error: ") and error.endswith(".") and said in error
+            assert "Traceback" not in error and not printed.out
+    assert not (tmp_path / "exploded").exists() and not (tmp_path / "audits").exists()
+
+
+class Bomb:
+    def __reduce__(self) -> Any:
+        return os.mkdir, ("exploded",)
+
+
+def test_a_mod_on_replies_without_arrays_leaves_a_transcript_that_says_why_there_is_nothing_to_audit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with quickstart(tmp_path, "record", "defend") as folder:
+        path = folder / "quickstart" / "client_app.py"
+        path.write_text(path.read_text().replace('"arrays": ArrayRecord(model.state_dict()), ', ""))
+        run(folder, 2, **ONE)
+        command = ("audit", "--transcript", folder / "transcript", "--model", "quickstart.model:Net")
+        assert keyhole(monkeypatch, *command) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert error.startswith("Error: ") and error.endswith(".")
+    assert "holds no update of a complete round: round 1, client 1000: the reply is an error: Keyhole withheld" in error
+    assert "the reply has no arrays named as the model's parameters" in error
+
+
+def test_what_is_no_strategy_ends_the_app_with_one_sentence(tmp_path: Path) -> None:
+    with quickstart(tmp_path, "record") as folder:
+        path = folder / "quickstart" / "server_app.py"
+        path.write_text(path.read_text().replace("Recorder(strategy,", "Recorder(FedAvg,"))
+        with pytest.raises(KeyholeError, match=r"^FedAvg is not a strategy; it must be [^\n]*\.$"):
+            run(folder, 2, **ONE)
+    assert not (tmp_path / "transcript").exists()
 
 
 def test_only_one_folder_imports_flower() -> None:

@@ -152,6 +152,35 @@ def test_errors_and_odd_replies_are_noted_and_the_rest_is_recorded(tmp_path: Pat
     assert found.missing == ("round 1, client 1001: the reply is an error: out of memory",)
 
 
+def test_a_client_that_died_is_named_although_the_server_answers_for_it(tmp_path: Path) -> None:
+    """Flower's SuperLink answers with an error from node 1, itself; and for some, nobody answers."""
+
+    class Real(LoopGrid):
+        def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+            asked = list(messages)
+            for message in asked:
+                message.metadata.__dict__["_message_id"] = message.object_id
+            replies = [one for one in super().send_and_receive(asked) if one.metadata.src_node_id != 1002]
+            for reply in replies:
+                if reply.has_error():
+                    reply.metadata.__dict__["_src_node_id"] = 1
+            return replies
+
+    def train(message: Message, where: Context) -> Message:
+        if where.node_config["partition-id"] == 1:
+            return Message(Error(5, "Node Unavailable"), reply_to=message)
+        return learn(message, where)
+
+    arrays = ArrayRecord(make_model().state_dict())
+    Recorder(quiet(), tmp_path).start(Real(train, 3), arrays, 1)  # type: ignore[arg-type]
+    found = read_transcript(tmp_path, make_model())
+    assert [one.client for one in found.updates] == ["1000"]
+    assert found.missing == (
+        "round 1, client 1001: the reply is an error: Node Unavailable",
+        "round 1, client 1002: no reply came.",
+    )
+
+
 def test_the_limit_ends_the_recording_and_not_the_training(transcript: Path, tmp_path: Path) -> None:
     size = sum(path.stat().st_size for path in (transcript / "round-0001").iterdir())
     limited = federate(Recorder(quiet(), tmp_path / "limited", max_bytes=size + 10))

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from keyhole.core.keys import fold_in, new_key, normal, permutation, uniform
+from keyhole.core.keys import advance, fold_in, new_key, normal, permutation, uniform
 from keyhole.core.told import silent
 from keyhole.errors import ConfigError, DataError, ModelError, StoreError
 from keyhole.inversion import gan
@@ -101,16 +101,16 @@ def test_a_wasserstein_step_by_hand(tmp_path: Path) -> None:
                 memory[p] = (m, v, t)
                 p -= 1e-3 * (m / (1 - 0.5**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
 
-    order = permutation(fold_in(fold_in(key, "real"), 0), 11)
+    order = permutation(fold_in(key, "real"), 11)
     for step in range(2):
         real = PUBLIC[order[4 * step : 4 * step + 4]]
-        fake = g(normal(fold_in(fold_in(key, "z"), step), (4, 3))).detach()
-        along = uniform(fold_in(fold_in(key, "along"), step), (4, 1, 1, 1))
+        fake = g(normal(advance(fold_in(key, "z"), step), (4, 3))).detach()
+        along = uniform(advance(fold_in(key, "along"), step), (4, 1, 1, 1))
         between = (real + along * (fake - real)).requires_grad_()
         (slope,) = torch.autograd.grad(d(between).sum(), between, create_graph=True)
         loss_d = d(fake).mean() - d(real).mean() + 10 * ((slope.flatten(1).norm(dim=1) - 1) ** 2).mean()
         adam(d, loss_d)
-    loss_g = -d(g(normal(fold_in(fold_in(key, "z of the generator"), 1), (4, 3)))).mean()
+    loss_g = -d(g(normal(advance(fold_in(key, "z of the generator"), 1), (4, 3)))).mean()
     adam(g, loss_g)
     made = wgan(tmp_path, settings=settings)
     assert made.facts.losses == ((pytest.approx(loss_d.item(), rel=1e-4), pytest.approx(loss_g.item(), rel=1e-4)),)
@@ -328,6 +328,11 @@ def test_a_dcgan_makes_small_images_only(tmp_path: Path) -> None:
         dcgan(tmp_path, public=uniform(new_key(0), (4, 1, 64, 64)))
     large = wgan(tmp_path, public=uniform(new_key(0), (4, 3, 64, 64)), settings=replace(WGAN, steps=1))
     assert large.generator(torch.zeros(2, 3)).shape == (2, 3, 64, 64)
+
+
+def test_images_in_other_types_are_the_same_images(tmp_path: Path) -> None:
+    wgan(tmp_path)
+    assert wgan(tmp_path, public=PUBLIC.double()).facts.cached
 
 
 def test_a_target_must_give_logits_of_the_classes(tmp_path: Path) -> None:

@@ -107,7 +107,8 @@ def one_mask_shape(model: nn.Module, name: str, input_shape: tuple[int, ...]) ->
     first = next(model.parameters(), None)
     try:
         with torch.no_grad():
-            model(torch.zeros(2, *input_shape, dtype=torch.float32 if first is None else first.dtype))
+            like = torch.zeros(()) if first is None else first
+            model(torch.zeros(2, *input_shape, dtype=like.dtype, device=like.device))
     except Exception as error:
         raise ModelError(f"the model does not accept inputs of shape {tuple(input_shape)}: {error}") from error
     finally:

@@ -24,8 +24,8 @@ Candidate = Tensors
 """What an attack optimises, by name; ``"inputs"`` for attacks that work on pixels."""
 
 Field = Literal["weights", "update", "targets", "statistics", "masks", "hints"]
-"""What an attacker may see of one round: global weights, the update, the labels, batch statistics, dropout masks, and
-what an insider would know of a defense's own choices."""
+"""What an attacker may see of one round: global weights, the update, the labels, batch statistics, dropout
+masks and noise inside the model, and what an insider would know of a defense's own choices."""
 
 
 class Batch(NamedTuple):
@@ -57,7 +57,7 @@ class Observation(NamedTuple):
     statistics: Tensors | None = None
     """Mean and variance of each BatchNorm layer's input over the batch, ``<layer>.mean`` and ``<layer>.var``."""
     masks: Tensors | None = None
-    """The dropout masks that the client drew."""
+    """What the client's layers drew: dropout masks and noise, by buffer name."""
     hints: Tensors | None = None
     """What defenses gave away with `keyhole.core.defense.Context.hint`, by name."""
 

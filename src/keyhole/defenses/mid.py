@@ -74,8 +74,9 @@ class MID(Defense):
     unknowns beside the images, if it is ``found_noise``; the truth, if it sees ``masks``.
 
     Args:
-        beta: weight of the divergence, at least 0; 0.003 to 0.02 in public code for VGG16 on faces, 0.1 to 0.25 on
-            MNIST, of which 0.2 was kept.
+        beta: weight of the divergence, at least 0. Public code has 0.003 to 0.02 for VGG16 on faces and 0.1 to 0.25,
+            of which 0.2 was kept, on MNIST; both networks have BatchNorm. Without it as much as 0.2 empties the
+            bottleneck before there is anything in it: lenet_zhu then stays at chance on digits.
         width: k, at least 1; 0 for half of d.
         eval_mean: after training h is mu. The authors' code has no such mode and draws at test time too: with
             ``false`` accuracy is that of one draw, and the network stays random for whoever uses it.
@@ -87,7 +88,7 @@ class MID(Defense):
     server's parameters, nor together with dp_sgd or concealing.
     """
 
-    beta: float = 0.2
+    beta: float = 0.01
     width: int = 0
     eval_mean: bool = True
 

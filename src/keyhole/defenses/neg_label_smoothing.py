@@ -18,6 +18,7 @@ from keyhole.errors import ConfigError, check_range
     name="neg_label_smoothing",
     paper="Struppek, Hintersdorf and Kersting 2024, Be Careful What You Smooth For",
     arxiv="2310.06549",
+    facts={"stronger": "down"},
     known_breaks=(
         "it acts on what the trained network tells of its classes, not on updates: whoever knows the objective matches "
         "its gradient exactly",

@@ -25,7 +25,7 @@ from keyhole.experiment.run import public_images
 from keyhole.experiment.setup import Setup, find_device, prepare
 from keyhole.experiment.spec import AttackEntry, Experiment, Study
 from keyhole.experiment.store import SECRETS, Store
-from keyhole.experiment.work import available_cores, run_groups
+from keyhole.experiment.work import HERE, Workers, available_cores
 from keyhole.solve.drive import Paused
 
 SETTING = "setting.json"
@@ -69,6 +69,7 @@ def audit(
     device: str = "cpu",
     seconds: float = 0.0,
     progress: Progress | None = None,
+    workers: Workers = HERE,
 ) -> bool:
     """Run what is missing in ``folder``.
 
@@ -79,6 +80,7 @@ def audit(
         device: ``cpu`` or ``cuda``.
         seconds: pause after so long; 0 for never. A pause ends no trial, it goes on with the next call.
         progress: told how far things are.
+        workers: who runs the groups.
 
     Returns:
         Whether everything planned is done; `False` after a pause.
@@ -106,8 +108,9 @@ def audit(
             progress.stage(name, len(groups) - len(todo), len(groups))
             if not todo:
                 return
-            workers = jobs or available_cores()
-            for group, result in run_groups(study, setups, todo, store.checkpoints, workers, deadline, progress.group):
+            many = jobs or available_cores()
+            results = workers.groups(study, setups, todo, store.checkpoints, many, deadline, progress.group)
+            for group, result in results:
                 pictured = group.hash in wanted and group.trials[0].pool == "target"
                 if pictured and result.reconstructions:
                     store.keep_images(group.hash, result.reconstructions)
@@ -229,7 +232,7 @@ _FIELDS = {
     "update": "one client's own update",
     "targets": "the labels",
     "statistics": "the batch statistics of BatchNorm",
-    "masks": "the dropout masks",
+    "masks": "what layers drew (dropout masks, noise)",
     "hints": "what an insider knows of the defense's own choices",
 }
 
@@ -268,6 +271,8 @@ def assumptions_in_words(experiment: Experiment, setup: Setup) -> tuple[str, ...
     if setup.task.drops:
         masks = "is told the masks" if "masks" in sees else "optimises the masks beside the images"
         sentences.append(f"Dropout is active; the attacker {masks}.")
+    if setup.task.noises:
+        sentences.append("The networks have noise inside, as a defense under which they were trained put there.")
     return tuple(sentences)
 
 

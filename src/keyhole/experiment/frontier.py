@@ -12,6 +12,7 @@ from keyhole.experiment.audit import Progress, Silent, audit
 from keyhole.experiment.sections import StateSection, Study
 from keyhole.experiment.train import Trained, folder_of, train
 from keyhole.experiment.training_plan import TrainingPlan
+from keyhole.experiment.work import HERE, Workers
 
 UNTRAINED = "untrained"
 """The setting of round 0, whose network is the same whatever it will be trained under."""
@@ -68,6 +69,7 @@ def frontier(
     jobs: int = 0,
     device: str = "cpu",
     progress: Progress | None = None,
+    workers: Workers = HERE,
 ) -> list[Trained]:
     """Train, then audit in ``folder/audit``, whatever of it is missing.
 
@@ -78,10 +80,12 @@ def frontier(
         jobs: worker processes of the audit; 0 for one a core.
         device: ``cpu`` or ``cuda``.
         progress: told how far things are.
+        workers: who trains the clients and runs the attacks.
     """
     progress = progress or Silent()
     if plan.audit is None:
         raise ConfigError("a frontier needs an [audit] section with one [[audit.attacks]].")
-    done = train(plan, folder, device=device, told=progress.training)
-    audit(study_of(plan, done, folder, name), folder / "audit", jobs=jobs, device=device, progress=progress)
+    done = train(plan, folder, device=device, told=progress.training, workers=workers)
+    study = study_of(plan, done, folder, name)
+    audit(study, folder / "audit", jobs=jobs, device=device, progress=progress, workers=workers)
     return done

@@ -77,16 +77,19 @@ class Inverting(BaseModel):
 
     model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True)
     settings: InvertSection
-    rounds: tuple[int, ...]
     public: tuple[PublicSection, ...]
     evaluator: EvaluatorSection
     attacks: tuple[Spec, ...]
+
+    @property
+    def rounds(self) -> tuple[int, ...]:
+        """After which rounds the global network is attacked."""
+        return tuple(self.settings.rounds or ())
 
     def asdict(self) -> dict[str, Any]:
         """As a file has it."""
         return {
             **self.settings.model_dump(exclude_none=True),
-            "rounds": list(self.rounds),
             "public": [one.model_dump(exclude_none=True) for one in self.public],
             "evaluator": self.evaluator.model_dump(exclude_none=True),
             "attacks": [{"name": spec.name, **_known(spec.asdict())} for spec in self.attacks],
@@ -158,7 +161,7 @@ def read_inverting(
                 f"invert.weights is '{settings.weights}', the same file for several seeds or rounds, so that one "
                 "network would count as several; write {seed} and {round} into it."
             )
-    return Inverting(settings=settings, rounds=tuple(rounds), public=public, evaluator=evaluator, attacks=attacks)
+    return Inverting(settings=settings, public=public, evaluator=evaluator, attacks=attacks)
 
 
 def _rounds(settings: InvertSection, last: int | None) -> list[int]:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,8 @@ from keyhole.experiment.plan import build_defense
 from keyhole.experiment.setup import TRAIN_IMAGES, find_device
 from keyhole.experiment.store import Store
 from keyhole.experiment.training_plan import TrainingPlan
-from keyhole.federation.local import State
+from keyhole.experiment.work import HERE, Workers
+from keyhole.federation.local import Round, State
 from keyhole.federation.states import AfterRound, accuracy, rounds
 from keyhole.federation.strategies import FedAvg, Memory, Noised
 from keyhole.solve.files import tensors_as_bytes, write_whole
@@ -90,13 +92,26 @@ class Trained:
         return self.folder / f"round-{number:03d}.safetensors"
 
 
+Ask = Callable[[Trained, bool, Weights, int], tuple[Round, float]]
+"""`keyhole.federation.states.Clients` of any training: which one, whether under its defense, the global weights, and
+the number of rounds done."""
+
+
 def folder_of(plan: TrainingPlan, folder: Path, index: int, seed: int | str) -> Path:
     """Where the training of the ``index``-th defense lies."""
     names = "+".join(spec.name for spec in plan.defenses[index]) or "none"
     return folder / f"{index:02d}-{names}" / f"seed-{seed}"
 
 
-def train(plan: TrainingPlan, folder: Path, *, device: str = "cpu", told: Told = silent) -> list[Trained]:
+def train(
+    plan: TrainingPlan,
+    folder: Path,
+    *,
+    device: str = "cpu",
+    told: Told = silent,
+    workers: Workers = HERE,
+    ask: Ask | None = None,
+) -> list[Trained]:
     """Train what is missing in ``folder``; equal plans give equal networks, interrupted or not.
 
     Args:
@@ -104,13 +119,16 @@ def train(plan: TrainingPlan, folder: Path, *, device: str = "cpu", told: Told =
         folder: the output folder; made if needed.
         device: ``cpu`` or ``cuda``.
         told: told which training is how far.
+        workers: who trains the clients.
+        ask: runs the clients of a round in place of ``workers``.
 
     Raises:
+        ConfigError: the other kind of clients began what is to be gone on with.
         ModelError: training diverged, or a defended client returned exactly the weights it got.
     """
     where = find_device(device)
     # Before the folder is claimed: bad input must leave nothing behind.
-    problem = Problem(plan, where)
+    problem = Problem(plan, where, workers)
     for specs in plan.defenses:
         problem.task(specs)
     done = []
@@ -118,14 +136,14 @@ def train(plan: TrainingPlan, folder: Path, *, device: str = "cpu", told: Told =
         store.claim_config(plan.to_toml())
         for index, specs in enumerate(plan.defenses):
             for seed in plan.run.seeds:
-                done.append(problem.train(Trained(specs, seed, folder_of(plan, folder, index, seed)), told))
+                done.append(problem.train(Trained(specs, seed, folder_of(plan, folder, index, seed)), told, ask))
     return done
 
 
 class Problem:
     """What all trainings of a plan share: images, and how networks are made."""
 
-    def __init__(self, plan: TrainingPlan, device: torch.device) -> None:
+    def __init__(self, plan: TrainingPlan, device: torch.device, workers: Workers = HERE) -> None:
         section = plan.data
         options = section.audited.model_dump(exclude={"name", "mean", "std", "train"})
         wanted = TRAIN_IMAGES if section.train is None else section.train
@@ -142,8 +160,9 @@ class Problem:
                 f"data set '{section.name}' has {len(data.train)} images left beside the other pools, and data.test "
                 f"takes {section.test}; lower data.test, data.candidates or data.target."
             )
-        self.plan, self.data, self.device = plan, data, device
+        self.plan, self.data, self.device, self.workers = plan, data, device, workers
         self.federation = plan.federation.federation()
+        self._parts: dict[int, tuple[Tensor, ...]] = {}
         name, normalize = plan.model.name, plan.model.normalize
         if normalize is None:
             normalize = bool(MODELS.card(name).facts.get("normalize", False)) if name is not None else False
@@ -164,14 +183,22 @@ class Problem:
     def _inputs(self, images: Tensor) -> Tensor:
         return self.bounds.from_pixels(images).to(self.device)
 
-    def _parts(self, seed: int) -> tuple[Tensor, ...]:
-        return self.federation.deal(self.labels.cpu(), fold_in(_key(seed), "clients"))
+    def parts(self, seed: int) -> tuple[Tensor, ...]:
+        """Which images each client has."""
+        if seed not in self._parts:
+            parts = self.federation.deal(self.labels.cpu(), fold_in(training_key(seed), "clients"))
+            left = len(self.labels) - sum(len(part) for part in parts)
+            if left:
+                how = f'partition = "{self.plan.federation.partition}"'
+                warnings.warn(f"{left} of {len(self.labels)} training images go to no client: {how}.", stacklevel=2)
+            self._parts[seed] = parts
+        return self._parts[seed]
 
     def _check_bound(self, defense: Defense) -> None:
         """A guarantee for each image does not survive that one image counts several times in a step."""
         if defense.success_bound(0.5, 1) is None:
             return
-        smallest = min(len(part) for seed in self.plan.run.seeds for part in self._parts(seed))
+        smallest = min(len(part) for seed in self.plan.run.seeds for part in self.parts(seed))
         if smallest < self.federation.batch_size:
             raise ConfigError(
                 f"a client has {smallest} images, and federation.batch_size is {self.federation.batch_size}: under "
@@ -181,10 +208,10 @@ class Problem:
     def seen(self, seed: int) -> int:
         """Most gradients in a round into which one image goes: a last batch is filled up with images of the epoch."""
         size = self.federation.batch_size
-        each = [1 if len(part) % size == 0 else 1 + -(-size // len(part)) for part in self._parts(seed)]
+        each = [1 if len(part) % size == 0 else 1 + -(-size // len(part)) for part in self.parts(seed)]
         return self.federation.epochs * max(each)
 
-    def train(self, run: Trained, told: Told) -> Trained:
+    def train(self, run: Trained, told: Told, ask: Ask | None = None) -> Trained:
         """One training, from where it stopped."""
         model = self._model(run.seed)
         plain = self._plain(model)
@@ -194,23 +221,28 @@ class Problem:
         start = fit_weights(task, bare_start)
         run.seen = self.seen(run.seed)
         what = f"training {run.folder.parent.name}, seed {run.seed}"
-        key = _key(run.seed)
+        key = training_key(run.seed)
         strategy = self._server(run.defense, key)
         weights, memory, states = _resume(run, start) or (start, None, None)
+        if 1 < len(run.rounds) <= self.federation.rounds and bool(states) is (ask is not None):
+            begun, now = ("lifted", "flower") if states else ("flower", "lifted")
+            raise ConfigError(f"'{run.folder}' was begun with --backend {begun}; --backend {now} cannot go on with it.")
+        clients, bare_clients = (partial(ask, run, defended) if ask else None for defended in (True, False))
         if not run.rounds:
             run.rounds.append(AfterTraining(0, accuracy(task, start, *self.test)))
             _keep(run, task, start, strategy.begin(start), ())
         before = weights
-        given: dict[str, Any] = {"public": self.public, "strategy": strategy}
+        given: dict[str, Any] = {"public": self.public, "strategy": strategy, "spread": self.workers.spread}
         steps = rounds(
             task, weights, self.inputs, self.labels, self.federation, key, done=len(run.rounds) - 1,
-            defense=defense, memory=memory, states=states or None, **given,
+            defense=defense, memory=memory, states=states or None, clients=clients, **given,
         )  # fmt: skip
         for after in steps:
             assert after.clients is not None and after.memory is not None
             if defense is not None:
                 _guard(run, before, after)
             if defense is not None and after.number == 1:
+                given["clients"] = bare_clients
                 bare = next(rounds(plain, bare_start, self.inputs, self.labels, self.federation, key, **given))
                 run.changed = _changed(before, after, bare_start, bare)
             run.rounds.append(_account(before, after, accuracy(task, after.weights, *self.test)))
@@ -253,7 +285,8 @@ class Problem:
         )
 
 
-def _key(seed: int) -> Tensor:
+def training_key(seed: int) -> Tensor:
+    """All of a training's randomness."""
     return fold_in(new_key(seed), "training")
 
 
@@ -328,16 +361,17 @@ def _keep(run: Trained, task: Task, weights: Weights, memory: Memory, states: Se
     """The global network in a file of its own, then everything that the next round needs, each atomically."""
     known = task.model.state_dict().keys()
     whole = {**weights.params, **weights.buffers}
-    _write(run.checkpoint(run.rounds[-1].round), {name: whole[name] for name in whole if name in known}, {})
+    write_tensors(run.checkpoint(run.rounds[-1].round), {name: whole[name] for name in whole if name in known}, {})
     parts = {"params": weights.params, "buffers": weights.buffers}
     parts |= {f"server:{kind}": tensors for kind, tensors in memory.items()}
     parts |= {f"client:{c}:{place}": kept for c, state in enumerate(states) for place, kept in state.items()}
     account = {"rounds": [asdict(row) for row in run.rounds], "changed": run.changed, "clients": len(states)}
     named = {f"{part}/{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
-    _write(run.folder / _PROGRESS, named, {_ACCOUNT: json.dumps(account)})
+    write_tensors(run.folder / _PROGRESS, named, {_ACCOUNT: json.dumps(account)})
 
 
-def _write(path: Path, tensors: Tensors, metadata: dict[str, str]) -> None:
+def write_tensors(path: Path, tensors: Tensors, metadata: dict[str, str]) -> None:
+    """A safetensors file, whole or not at all."""
     data = tensors_as_bytes(tensors, metadata)
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)

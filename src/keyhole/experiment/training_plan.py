@@ -21,6 +21,7 @@ from keyhole.experiment.spec import (
     read_section,
     read_source,
 )
+from keyhole.federation.partitioners import PARTITIONERS, PartitionedByFlower
 from keyhole.federation.states import Federation
 from keyhole.federation.strategies import FedAdam, FedAvg, FedProx
 
@@ -48,8 +49,14 @@ class FederationSection(_Section):
     weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     clip: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     """Largest norm of a step's gradient; 0 does not clip."""
-    partition: Literal["iid", "dirichlet"] = "iid"
+    partition: str = "iid"
     alpha: float | None = Field(default=None, ge=1e-3, le=1e6)
+    balanced: bool | None = None
+    min_size: int | None = Field(default=None, ge=1)
+    class_assignment: Literal["random", "deterministic", "first-deterministic"] | None = None
+    classes_per_client: int | None = Field(default=None, ge=1)
+    shard_size: int | None = Field(default=None, ge=1)
+    shards_per_client: int | None = Field(default=None, ge=1)
     strategy: Literal["fedavg", "fedprox", "fedadam"] = "fedavg"
     mu: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     server_lr: float | None = Field(default=None, gt=0, allow_inf_nan=False)
@@ -59,17 +66,20 @@ class FederationSection(_Section):
 
     def federation(self) -> Federation:
         """As `keyhole.federation` takes it."""
-        return Federation(
-            rounds=self.rounds,
-            clients=self.clients,
-            epochs=self.epochs,
-            lr=self.lr,
-            batch_size=self.batch_size,
-            momentum=self.momentum,
-            weight_decay=self.weight_decay,
-            clip=self.clip or None,
-            alpha=self.alpha,
-        )
+        given: dict[str, Any] = {
+            "rounds": self.rounds,
+            "clients": self.clients,
+            "epochs": self.epochs,
+            "lr": self.lr,
+            "batch_size": self.batch_size,
+            "momentum": self.momentum,
+            "weight_decay": self.weight_decay,
+            "clip": self.clip or None,
+        }
+        if self.partition in PARTITIONERS:
+            options = {name: getattr(self, name) for name in PARTITIONERS[self.partition]}
+            return PartitionedByFlower(**given, partitioner=self.partition, options=options)
+        return Federation(**given, alpha=self.alpha)
 
     def server(self) -> FedAvg:
         """The strategy with its options."""
@@ -83,14 +93,30 @@ class FederationSection(_Section):
 
     def check(self) -> None:
         """Refuse options that would not mean anything."""
-        if (self.alpha is not None) != (self.partition == "dirichlet"):
-            raise ConfigError('federation.alpha belongs to partition = "dirichlet": give both or neither.')
+        if self.partition not in _PARTITIONS:
+            raise UnknownName("partition", self.partition, _PARTITIONS, "[federation]")
+        own = _PARTITIONS[self.partition]
+        for option in sorted({option for options in _PARTITIONS.values() for option in options}):
+            if getattr(self, option) is not None and option not in own:
+                owners = " or ".join(f'"{name}"' for name, options in _PARTITIONS.items() if option in options)
+                raise ConfigError(f"federation.{option} belongs to partition = {owners}; set it, or remove the option.")
+        needed = _NEEDED.get(self.partition, ())
+        if needed and all(getattr(self, option) is None for option in needed):
+            raise ConfigError(f'partition = "{self.partition}" needs federation.{" or federation.".join(needed)}.')
         for strategy, options in _OPTIONS.items():
             for option in options:
                 if strategy != self.strategy and getattr(self, option) is not None:
                     raise ConfigError(f'federation.{option} belongs to strategy = "{strategy}"; set it, or remove it.')
 
 
+_PARTITIONS = {"iid": (), "dirichlet": ("alpha",), **PARTITIONERS}
+_NEEDED = {
+    "dirichlet": ("alpha",),
+    "flower_dirichlet": ("alpha",),
+    "inner_dirichlet": ("alpha",),
+    "pathological": ("classes_per_client",),
+    "shard": ("shards_per_client", "shard_size"),
+}
 _OPTIONS = {"fedavg": (), "fedprox": ("mu",), "fedadam": ("server_lr", "beta_1", "beta_2", "tau")}
 
 

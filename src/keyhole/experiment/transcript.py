@@ -135,7 +135,8 @@ def read_transcript(folder: Path, model: nn.Module) -> Transcript:
             updates += found
             missing += without
     if not updates:
-        raise DataError(f"transcript '{folder}' holds no update of a complete round.")
+        why = f": {missing[0].splitlines()[0].rstrip('.')}" if missing else ""
+        raise DataError(f"transcript '{folder}' holds no update of a complete round{why}.")
     return Transcript(about, tuple(updates), tuple(missing))
 
 

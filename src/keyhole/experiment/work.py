@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from keyhole.experiment.plan import Group
 from keyhole.experiment.run import GroupResult, run_group
 from keyhole.experiment.setup import Setup, prepare
 from keyhole.experiment.spec import Study
+from keyhole.federation.local import Spread
 from keyhole.solve.drive import Paused, Watch
 from keyhole.solve.memory import keep_freed_memory
 from keyhole.solve.threads import one_thread
@@ -71,17 +73,57 @@ def run_groups(
         with one_thread(device):
             for group in groups:
                 watch = Watch(
-                    checkpoint=_checkpoint(checkpoints, group),
+                    checkpoint=checkpoint_of(checkpoints, group),
                     progress=partial(report, group),
-                    paused=lambda: _passed(deadline),
+                    paused=lambda: passed(deadline),
                 )
-                if _passed(deadline):
+                if passed(deadline):
                     raise Paused
                 yield group, run_group(group, setups[group.setting], watch)
         return
     yield from _in_processes(
         study, [setup.fingerprint for setup in setups], groups, checkpoints, jobs, deadline, report
     )
+
+
+Runner = Callable[
+    [Study, list[Setup], list[Group], Path, int, float | None, Report], Iterator[tuple[Group, GroupResult]]
+]
+"""Takes and gives what `run_groups` does."""
+
+
+@dataclass(frozen=True)
+class Workers:
+    """Who does the work of an audit or a training; by default this machine. It never changes a result."""
+
+    groups: Runner = run_groups
+    spread: Spread = map
+
+
+HERE = Workers()
+
+
+class Loaded:
+    """What all trials of a setting share, loaded once in each worker and held against what the parent planned with."""
+
+    def __init__(self, study: Study, fingerprints: list[str]) -> None:
+        self.study, self.fingerprints = study, fingerprints
+        self.known: dict[int, Setup] = {}
+
+    def setup(self, number: int) -> Setup:
+        """Of a setting, by its place in the study."""
+        if number not in self.known:
+            while len(self.known) >= SETUPS:
+                del self.known[next(iter(self.known))]
+            setup = prepare(self.study.experiments[number], torch.device("cpu"))
+            if setup.fingerprint != self.fingerprints[number]:
+                raise KeyholeError(
+                    "a worker loaded other data or weights than the main process: the data changed meanwhile or differ "
+                    "between machines, or the model draws its weights from something other than torch's random state; "
+                    "fix that, or use --jobs 1."
+                )
+            self.known[number] = setup
+        return self.known[number]
 
 
 def _in_processes(
@@ -146,25 +188,8 @@ def _start_worker(study: Study, fingerprints: list[str], checkpoints: str, deadl
     threading.Thread(target=_die_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     keep_freed_memory()
-    _worker.update(
-        study=study, fingerprints=fingerprints, checkpoints=Path(checkpoints), deadline=deadline, news=news, setups={}
-    )
-
-
-def _setup(number: int) -> Setup:
-    """What all trials of a setting share, loaded once in each worker and held against what the parent planned with."""
-    known: dict[int, Setup] = _worker["setups"]
-    if number not in known:
-        while len(known) >= SETUPS:
-            del known[next(iter(known))]
-        setup = prepare(_worker["study"].experiments[number], torch.device("cpu"))
-        if setup.fingerprint != _worker["fingerprints"][number]:
-            raise KeyholeError(
-                "a worker loaded other data or weights than the main process: the data changed meanwhile, or the model "
-                "draws its weights from something other than torch's random state; fix that, or use --jobs 1."
-            )
-        known[number] = setup
-    return known[number]
+    loaded = Loaded(study, fingerprints)
+    _worker.update(loaded=loaded, checkpoints=Path(checkpoints), deadline=deadline, news=news)
 
 
 def _die_with_parent() -> None:
@@ -183,17 +208,19 @@ def _work(group: Group) -> GroupResult:
             last[0] = time.monotonic()
             _worker["news"].put((group.hash, fraction))
 
-    if _passed(deadline):
+    if passed(deadline):
         raise Paused
     watch = Watch(
-        checkpoint=_checkpoint(_worker["checkpoints"], group), progress=progress, paused=lambda: _passed(deadline)
+        checkpoint=checkpoint_of(_worker["checkpoints"], group), progress=progress, paused=lambda: passed(deadline)
     )
-    return run_group(group, _setup(group.setting), watch)
+    return run_group(group, _worker["loaded"].setup(group.setting), watch)
 
 
-def _checkpoint(folder: Path, group: Group) -> Path:
+def checkpoint_of(folder: Path, group: Group) -> Path:
+    """Where the state of an unfinished group is kept."""
     return folder / f"{group.hash}.safetensors"
 
 
-def _passed(deadline: float | None) -> bool:
+def passed(deadline: float | None) -> bool:
+    """Whether it is time to stop."""
     return deadline is not None and time.time() >= deadline

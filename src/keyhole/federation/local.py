@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -67,7 +69,11 @@ class Round(NamedTuple):
     loss: Tensor
     """Mean training loss over each client's steps, before each step, of shape (clients,)."""
     states: tuple[State, ...]
-    """What the defense keeps of each client for the next round."""
+    """What the defense keeps of each client for the next round; empty where clients keep it themselves."""
+
+
+Spread = Callable[[Any, Sequence[Any]], Iterable[Any]]
+"""Like `map` of a callable dataclass over a sequence; calls may be made at the same time and in other processes."""
 
 
 def train_round(
@@ -84,6 +90,9 @@ def train_round(
     defense: Defense | None = None,
     states: Sequence[State] | None = None,
     public: Batch | None = None,
+    clients: Sequence[int] | None = None,
+    spread: Spread = map,
+    spent: Callable[[float], object] = lambda seconds: None,
 ) -> Round:
     """Train every client from the same weights for one round.
 
@@ -115,34 +124,43 @@ def train_round(
         defense: what clients do to protect their images.
         states: what the last round returned for the defense, of the same clients with the same images.
         public: public images with labels, for the defense.
+        clients: the number of each client, which its randomness follows from; by default its place in ``parts``.
+        spread: where groups of clients are trained; by default here, one after the other.
+        spent: told the wall time of each call there.
     """
-    for client, part in enumerate(parts):
+    clients = range(len(parts)) if clients is None else clients
+    for client, part in zip(clients, parts, strict=True):
         if len(part) == 0:
             raise ConfigError(f"client {client} has no images; every client of a round needs at least one.")
     together = default_together(inputs.device) if together is None else together
     check_range("together", together, 1)
-    keys = [fold_in(key, f"client {client}") for client in range(len(parts))]
+    keys = [fold_in(key, f"client {client}") for client in clients]
     before = [dict(state) for state in states] if states else [{} for _ in parts]
-    step = _plain_step(recording(task))
+    ctx = Context(task, weights, key, round=number, again=states is not None, training=True, public=public)
+    defended: list[_Defended] = []
     if defense is not None:
-        ctx = Context(task, weights, key, round=number, again=states is not None, training=True, public=public)
-        inputs, targets, parts, before = _defend_images(defense, ctx, inputs, targets, parts, keys, before)
-        step = _defended_step(defense, ctx)
+        images = _Images(ctx, defense, inputs, targets)
+        defended = list(spread(images, list(zip(clients, parts, keys, before, strict=True))))
+        inputs, targets, parts = _joined(inputs, targets, parts, [one.batch for one in defended])
+        before = [one.state for one in defended]
     plans = [_plan(part.to(inputs.device), local, own) for part, own in zip(parts, keys, strict=True)]
     # Longest first: whoever has finished is then always at the end of a group.
     order = sorted(range(len(parts)), key=lambda client: -len(plans[client].rows))
-    groups: list[_Group] = []
-    kept: dict[int, State] = {}
-    for chosen in _groups(order, together, before):
-        states_of = stack([before[client] for client in chosen], Shared())
-        group = _train_group(step, weights, inputs, targets, [plans[client] for client in chosen], states_of, local)
-        if defense is not None:
-            group = _defend_updates(group, defense, ctx, [plans[client].key for client in chosen])
-        groups.append(group)
-        kept |= {client: _at(group.states, place) for place, client in enumerate(chosen)}
+    chosen = list(_groups(order, together, before))
+    training = _Training(ctx, defense, inputs, targets, local)
+    groups: list[_Group] = list(
+        spread(training, [([plans[c] for c in some], stack([before[c] for c in some], Shared())) for some in chosen])
+    )
+    kept = {
+        client: _at(group.states, place)
+        for some, group in zip(chosen, groups, strict=True)
+        for place, client in enumerate(some)
+    }
     back = torch.tensor(order).argsort().to(inputs.device)
     trained, loss = pytree.tree_map(lambda *leaves: torch.cat(leaves)[back], *[(g.weights, g.loss) for g in groups])
     examples = torch.tensor([len(part) for part in parts])
+    for seconds in (*(one.seconds for one in defended), *(group.seconds for group in groups)):
+        spent(seconds)
     return Round(trained, examples, loss, tuple(kept[client] for client in range(len(parts))))
 
 
@@ -232,6 +250,30 @@ class _Group(NamedTuple):
     weights: Weights
     loss: Tensor
     states: State
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class _Training:
+    """What the clients of a round share; called with the plans and stacked states of some, it trains these together."""
+
+    ctx: Context
+    defense: Defense | None
+    inputs: Tensor
+    targets: Tensor
+    local: LocalTraining
+
+    @cached_property
+    def _step(self) -> _StepFn:
+        return _plain_step(recording(self.ctx.task)) if self.defense is None else _defended_step(self.defense, self.ctx)
+
+    def __call__(self, some: tuple[Sequence[_Plan], State]) -> _Group:
+        began = time.perf_counter()
+        plans, states = some
+        group = _train_group(self._step, self.ctx.weights, self.inputs, self.targets, plans, states, self.local)
+        if self.defense is not None:
+            group = _defend_updates(group, self.defense, self.ctx, [plan.key for plan in plans])
+        return group._replace(seconds=time.perf_counter() - began)
 
 
 def _plan(rows: Tensor, local: LocalTraining, key: Key) -> _Plan:
@@ -305,29 +347,52 @@ def _context(round_ctx: Context, own: Key, state: State, *, client: int = 0, ste
     return replace(round_ctx, key=own, state=dict(state), client=client, step=step, recorded=False, notes={}, hints={})
 
 
-def _defend_images(
-    defense: Defense,
-    round_ctx: Context,
-    inputs: Tensor,
-    targets: Tensor,
-    parts: Sequence[Tensor],
-    keys: Sequence[Key],
-    states: Sequence[State],
-) -> tuple[Tensor, Tensor, tuple[Tensor, ...], list[State]]:
-    """Images and labels as the defense wants them trained on, whose they are, and what it keeps of each client."""
-    changed: list[Batch] = []
-    kept: list[State] = []
-    for client, part in enumerate(parts):
-        rows = part.to(inputs.device)
-        own = fold_in(keys[client], "defense").to(inputs.device)
-        ctx = _context(round_ctx, own, states[client], client=client)
-        share = torch.full((len(rows),), 1.0 / len(rows), dtype=targets.dtype, device=inputs.device)
-        changed.append(defense.on_batch(Batch(inputs[rows], targets[rows], share), ctx))
-        kept.append(ctx.state)
+class _Defended(NamedTuple):
+    """One client's images as the defense wants them trained on, `None` where it leaves them as they are."""
+
+    batch: Batch | None
+    state: State
+    seconds: float
+
+
+@dataclass(frozen=True, eq=False)
+class _Images:
+    """Called with a client's number, rows, key and state, it lets the defense act on the client's images."""
+
+    ctx: Context
+    defense: Defense
+    inputs: Tensor
+    targets: Tensor
+
+    def __call__(self, one: tuple[int, Tensor, Key, State]) -> _Defended:
+        began = time.perf_counter()
+        client, part, key, state = one
+        rows = part.to(self.inputs.device)
+        ctx = _context(self.ctx, fold_in(key, "defense").to(rows.device), state, client=client)
+        changed = self.defense.on_batch(_batch(self.inputs, self.targets, rows), ctx)
+        same = torch.equal(changed.inputs, self.inputs[rows]) and torch.equal(changed.targets, self.targets[rows])
+        return _Defended(None if same else changed, ctx.state, time.perf_counter() - began)
+
+
+def _batch(inputs: Tensor, targets: Tensor, rows: Tensor) -> Batch:
+    share = torch.full((len(rows),), 1.0 / len(rows), dtype=targets.dtype, device=inputs.device)
+    return Batch(inputs[rows], targets[rows], share)
+
+
+def _joined(
+    inputs: Tensor, targets: Tensor, parts: Sequence[Tensor], changed: Sequence[Batch | None]
+) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
+    """Images, labels and whose they are, with what a defense made of them."""
+    if all(batch is None for batch in changed):
+        return inputs, targets, parts
     # Client by client, as an image that two clients have is no longer one image.
-    images, labels = torch.cat([batch.inputs for batch in changed]), torch.cat([batch.targets for batch in changed])
-    ends = torch.tensor([0, *(len(part) for part in parts)]).cumsum(0).tolist()
-    return images, labels, tuple(torch.arange(a, b) for a, b in itertools.pairwise(ends)), kept
+    batches = [
+        _batch(inputs, targets, part.to(inputs.device)) if batch is None else batch
+        for part, batch in zip(parts, changed, strict=True)
+    ]
+    images, labels = torch.cat([batch.inputs for batch in batches]), torch.cat([batch.targets for batch in batches])
+    ends = torch.tensor([0, *(len(batch.inputs) for batch in batches)]).cumsum(0).tolist()
+    return images, labels, tuple(torch.arange(a, b) for a, b in itertools.pairwise(ends))
 
 
 def _defend_updates(group: _Group, defense: Defense, round_ctx: Context, keys: Sequence[Key]) -> _Group:

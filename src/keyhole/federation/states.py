@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -16,13 +15,17 @@ from keyhole.core.keys import advance, fold_in, new_key
 from keyhole.core.task import Task
 from keyhole.core.types import Batch, Key, Weights
 from keyhole.errors import ModelError, check_range
-from keyhole.federation.local import LocalTraining, Round, State, train_round
+from keyhole.federation.local import LocalTraining, Round, Spread, State, train_round
 from keyhole.federation.norms import evaluating
 from keyhole.federation.partition import dirichlet, iid
 from keyhole.federation.strategies import FedAvg, Memory
 
 Progress = Callable[[int, int, float], None]
 """Called after each round with the rounds done, the rounds to do and the round's mean training loss."""
+
+Clients = Callable[[Weights, int], tuple[Round, float]]
+"""Runs all clients of a round elsewhere, from the global weights and the number of rounds done: what they send, without
+states, which they keep themselves, and the mean seconds of one."""
 
 _SLICE = 256
 """Images in one forward pass of an evaluation."""
@@ -64,9 +67,12 @@ class Federation:
         check_range("alpha", 1.0 if self.alpha is None else self.alpha, 0, open_low=True)
         self.local()
 
-    def local(self) -> LocalTraining:
+    def local(self, strategy: FedAvg | None = None) -> LocalTraining:
         """What each client does in a round."""
-        return LocalTraining(self.epochs, self.lr, self.batch_size, self.momentum, self.weight_decay, self.clip)
+        proximal = strategy.proximal if strategy is not None else 0.0
+        return LocalTraining(
+            self.epochs, self.lr, self.batch_size, self.momentum, self.weight_decay, self.clip, proximal
+        )
 
     def deal(self, labels: Tensor, key: Key) -> tuple[Tensor, ...]:
         """Row indices of each client."""
@@ -98,7 +104,7 @@ class AfterRound(NamedTuple):
     memory: Memory | None = None
     """What the server keeps for the next round."""
     seconds: float = math.nan
-    """Wall time of a client's round, its defense included: that of all clients by their number."""
+    """Wall time of a client's round, its defense included: the mean over clients."""
 
 
 def federate(
@@ -160,6 +166,8 @@ def rounds(
     strategy: FedAvg | None = None,
     memory: Memory | None = None,
     states: Sequence[State] | None = None,
+    spread: Spread = map,
+    clients: Clients | None = None,
 ) -> Iterator[AfterRound]:
     """The same, round by round.
 
@@ -178,26 +186,37 @@ def rounds(
         strategy: what the server does; by default it averages.
         memory: what the server kept after the rounds that are done.
         states: what the defense kept of each client after them.
+        spread: where clients are trained.
+        clients: runs the clients of a round, as `train_round` would; by default that does it here.
     """
     strategy = strategy or FedAvg()
     memory = strategy.begin(weights) if memory is None else memory
-    local = replace(federation.local(), proximal=strategy.proximal)
+    local = federation.local(strategy)
     parts = federation.deal(labels.cpu(), fold_in(key, "clients"))
     targets = torch.nn.functional.one_hot(labels, task.num_classes).to(inputs.device, inputs.dtype)
     for number in range(done, federation.rounds):
-        began = time.perf_counter()
-        trained = train_round(
-            task, weights, inputs, targets, parts, local, fold_in(fold_in(key, "round"), number),
-            number=number, together=together, defense=defense, states=states, public=public,
-        )  # fmt: skip
-        seconds = (time.perf_counter() - began) / len(parts)
+        if clients is not None:
+            trained, mean = clients(weights, number)
+        else:
+            seconds: list[float] = []
+            trained = train_round(
+                task, weights, inputs, targets, parts, local, round_key(key, number),
+                number=number, together=together, defense=defense, states=states, public=public,
+                spread=spread, spent=seconds.append,
+            )  # fmt: skip
+            mean = math.fsum(seconds) / len(parts)
         states = trained.states
         weights, memory = strategy.aggregate(weights, trained.weights, trained.examples, memory)
         share = trained.examples.double() / trained.examples.sum()
         loss = float((trained.loss.double().cpu() * share).sum())
         if not all(bool(torch.isfinite(t).all()) for t in (torch.tensor(loss), *weights.params.values())):
             raise ModelError(f"training diverged in round {number + 1} with lr = {federation.lr:g}; lower it.")
-        yield AfterRound(number + 1, weights, loss, trained, memory, seconds)
+        yield AfterRound(number + 1, weights, loss, trained, memory, mean)
+
+
+def round_key(key: Key, number: int) -> Key:
+    """The randomness of one round's clients."""
+    return fold_in(fold_in(key, "round"), number)
 
 
 @torch.no_grad()

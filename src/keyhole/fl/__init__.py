@@ -3,12 +3,12 @@
 Needs ``pip install keyhole[flower]``.
 """
 
-from keyhole.errors import KeyholeError
+from keyhole.errors import ConfigError
 
 try:
     import flwr.app  # noqa: F401
 except ImportError as error:
-    raise KeyholeError("keyhole.fl needs Flower; install it with `pip install keyhole[flower]`.") from error
+    raise ConfigError("this needs Flower: pip install 'keyhole[flower]'.") from error
 
 from keyhole.fl.mods import DefenseMod
 from keyhole.fl.recorder import Recorder, record_batches

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message, Metadata, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from torch import Tensor
@@ -71,6 +71,7 @@ class Recorder(Strategy):
         # Kept, as `start` puts this object's own in their place.
         self._configure, self._aggregate = strategy.configure_train, strategy.aggregate_train
         self._sent: dict[int, tuple[ArrayRecord, Tensors, dict[str, Any]]] = {}
+        self._asked: list[Metadata] = []
         self._used = 0
         self._stopped = ""
         self._about = {
@@ -150,6 +151,8 @@ class Recorder(Strategy):
 
     def _keep(self, messages: list[Message]) -> None:
         self._sent = {}
+        # Not the numbers of the messages, which they only get when they are sent.
+        self._asked = [message.metadata for message in messages]
         read: list[tuple[ArrayRecord, Tensors]] = []
         for message in messages:
             records = list(message.content.array_records.values())
@@ -168,8 +171,10 @@ class Recorder(Strategy):
         files: dict[str, bytes] = {}
         names: dict[int, str] = {}
         clients: list[dict[str, Any]] = []
-        for reply in sorted(replies, key=lambda one: one.metadata.src_node_id):
-            node = reply.metadata.src_node_id
+        # SuperLink answers in its own name for a node that is gone.
+        asked = {one.message_id: one.dst_node_id for one in self._asked if one.message_id}
+        nodes = [asked.get(one.metadata.reply_to_message_id, one.metadata.src_node_id) for one in replies]
+        for node, reply in sorted(zip(nodes, replies, strict=True), key=lambda one: one[0]):
             told: dict[str, Any] = {"client": str(node)}
             clients.append(told)
             if reply.has_error():
@@ -193,7 +198,7 @@ class Recorder(Strategy):
                 "config": {k: v for k, v in config.items() if not isinstance(v, bytes)},
                 "metrics": metrics,
             }
-        silent = sorted(set(self._sent) - {reply.metadata.src_node_id for reply in replies})
+        silent = sorted(set(self._sent) - set(nodes))
         clients += [{"client": str(node), "error": "no reply came."} for node in silent]
         about = {"round": number, "clients": clients, "files": {name: len(data) for name, data in files.items()}}
         files[ROUND] = as_json(about)

@@ -5,3 +5,4 @@ Importing fills the registry.
 
 from keyhole.inversion import gmi as gmi
 from keyhole.inversion import ked_mi as ked_mi
+from keyhole.inversion import vmi as vmi

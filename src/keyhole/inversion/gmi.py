@@ -13,7 +13,7 @@ from keyhole.core.keys import fold_in, normal
 from keyhole.core.registry import INVERSIONS
 from keyhole.core.types import Candidate, Key, Tensors
 from keyhole.errors import ConfigError, check_range
-from keyhole.inversion.gan import GAN, WassersteinSettings, check_public, train_wgan_gp
+from keyhole.inversion.gan import GAN, WassersteinSettings, train_wgan_gp, usable
 from keyhole.inversion.hsic import Dependence, HsicName
 from keyhole.inversion.identity import IdentityName, flat, identity_loss, public_features
 from keyhole.solve.optimizers import Nesterov, Optimizer
@@ -93,7 +93,7 @@ class GMI(Inversion):
 
     def check(self, public: Tensor) -> None:
         """Images that a GAN can be trained on, at least a batch of them."""
-        check_public(public, self.gan_batch)
+        usable(public, self.gan_batch)
 
     def prepare(self, target: Target, public: Tensor, key: Key, place: Place, before: Any = None) -> GAN:
         """A WGAN-GP of the public images; the target plays no part."""

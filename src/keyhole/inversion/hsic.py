@@ -64,11 +64,11 @@ class Dependence:
             raise ConfigError('hsic_weight goes with hsic = "faithful" or "diversity".')
         return cls(weight, found.grouping, found.sigma)
 
-    def check(self, together: int) -> None:
-        """Refuse groups too small for the term to mean anything."""
+    def check(self, together: int, option: str = "together") -> None:
+        """Refuse groups too small for the term to mean anything; ``option`` is what their size is called."""
         if self.weight and self.grouping == "within_class" and together < 2 * _EACH:
             raise ConfigError(
-                f'hsic = "diversity" compares images of one class, and a search makes {together} of each; set together '
+                f"the hsic term compares images of one class, and a search makes {together} of each; set {option} "
                 f"to {2 * _EACH} or more."
             )
 

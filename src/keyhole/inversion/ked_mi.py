@@ -13,7 +13,7 @@ from keyhole.core.keys import fold_in, normal
 from keyhole.core.registry import INVERSIONS
 from keyhole.core.types import Candidate, Key, Tensors
 from keyhole.errors import check_range
-from keyhole.inversion.gan import GAN, SoftLabelSettings, check_public, train_soft_label_gan
+from keyhole.inversion.gan import GAN, SoftLabelSettings, train_soft_label_gan, usable
 from keyhole.inversion.hsic import Dependence, HsicName
 from keyhole.inversion.identity import IdentityName, flat, identity_loss, public_features
 from keyhole.inversion.losses import surprise_of_real
@@ -103,7 +103,7 @@ class KEDMI(Inversion):
 
     def check(self, public: Tensor) -> None:
         """Images that a GAN can be trained on, at least a batch of them."""
-        check_public(public, self.gan_batch)
+        usable(public, self.gan_batch)
 
     def prepare(self, target: Target, public: Tensor, key: Key, place: Place, before: Any = None) -> GAN:
         """The GAN of public images as this target labels them."""

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from keyhole.errors import StoreError
-from keyhole.experiment.recorded import Attempt, Finding, Findings
+from keyhole.experiment.recorded import Finding, Findings
+from keyhole.experiment.recorded_attack import Attempt
 from keyhole.experiment.transcript import as_safetensors, write_private
 from keyhole.report.groups import LEAK_MARGIN, LEAK_SSIM, SLACK
 
@@ -113,6 +114,19 @@ def lines(findings: Findings) -> list[tuple[str, ...]]:
     return table
 
 
+def remarks(findings: Findings) -> list[str]:
+    """What the table does not say: clients without an update, why recording stopped, what attacks say of themselves."""
+    said = [f"No update of {text}" for text in findings.missing]
+    if "stopped" in findings.about:
+        said.append(f"Recording stopped early: {findings.about['stopped']}")
+    return said + [
+        f"Round {one.update.round}, client {one.update.client}, {attempt.attack}, {attempt.attacker}: {attempt.detail}"
+        for one in findings.found
+        for attempt in one.attempts
+        if attempt.detail
+    ]
+
+
 def _markdown(findings: Findings) -> str:
     head, *rows = lines(findings)
     table = ["| " + " | ".join(row) + " |" for row in (head, ("---",) * len(head), *rows)]
@@ -121,11 +135,9 @@ def _markdown(findings: Findings) -> str:
         + "".join(f"\n    - {reason.text}" for reason in one.reasons)
         for one in findings.found
     ]
-    notes = [f"- No update of {text}" for text in findings.missing]
-    if "stopped" in findings.about:
-        notes.append(f"- Recording stopped early: {findings.about['stopped']}")
+    notes = [f"- {text}" for text in remarks(findings)]
     parts = ["# Transcript audited", conclusion(findings), *table, "", "## How the clients trained", *known]
-    return "\n".join([parts[0], "", parts[1], "", *parts[2:], *(["", "## Left out", *notes] if notes else []), ""])
+    return "\n".join([parts[0], "", parts[1], "", *parts[2:], *(["", "## Remarks", *notes] if notes else []), ""])
 
 
 def _html(findings: Findings) -> str:
@@ -149,6 +161,8 @@ def _html(findings: Findings) -> str:
         if one.truth is not None:
             body.append(strip("Secret", one.truth))
         body += [strip(f"{a.attack}, {a.attacker}", a.guesses) for a in one.attempts if len(a.guesses)]
+    if said := remarks(findings):
+        body.append(f"<h2>Remarks</h2><ul>{''.join(f'<li>{escape(text)}</li>' for text in said)}</ul>")
     style = (
         "body{font:15px sans-serif;margin:2em}td,th{padding:.2em .6em;text-align:left}img{image-rendering:pixelated}"
     )

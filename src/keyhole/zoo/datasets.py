@@ -19,7 +19,7 @@ from keyhole.core.keys import fold_in, new_key, permutation
 from keyhole.core.registry import DATASETS
 from keyhole.errors import ConfigError, DataError, UnknownName, check_range
 from keyhole.zoo.decoding import from_array, need
-from keyhole.zoo.sources import Choice, Source, open_hub, open_path
+from keyhole.zoo.sources import Choice, Source, open_hub, open_local, open_path
 
 _POOLS = ("target", "tune", "public", "candidates", "train")
 _CANDIDATES = 1000
@@ -370,3 +370,13 @@ def cifar10(*, split: str | None = None, image_column: str | None = None, label_
     """
     source = open_hub("uoft-cs/cifar10", Choice(split, image_column, label_column))
     return replace(source, mean=(0.4914672, 0.4822617, 0.4467701), std=(0.2470322, 0.2434851, 0.2615878))
+
+
+@DATASETS.add(name="orl_faces", paper="Samaria and Harter 1994", url="https://doi.org/10.1109/ACV.1994.341300")
+def orl_faces(*, split: str | None = None, image_column: str | None = None, label_column: str | None = None) -> Source:
+    """400 grey faces of 92x112 pixels, 10 of each of 40 people; read from ``$KEYHOLE_DATA/orl_faces``.
+
+    Reference: Samaria and Harter, "Parameterisation of a stochastic model for human face identification", 1994,
+    https://doi.org/10.1109/ACV.1994.341300.
+    """
+    return open_local("orl_faces", Choice(split, image_column, label_column))

@@ -102,6 +102,16 @@ def open_hub(hub_id: str, choice: Choice) -> Source:
     return _table_source(_Table(hub_id, part.features, column, cells), choice)
 
 
+def open_local(name: str, choice: Choice) -> Source:
+    """A data set that no hub has, under ``$KEYHOLE_DATA``."""
+    local = _local_copy(name)
+    if local is None:
+        raise DataError(
+            f"data set '{name}' is read from a folder of yours; set KEYHOLE_DATA to one that holds {name}/."
+        )
+    return open_path(local, choice)
+
+
 def _local_copy(hub_id: str) -> Path | None:
     """The folder or file of this data set under ``$KEYHOLE_DATA``."""
     given = os.environ.get("KEYHOLE_DATA")

@@ -1,0 +1,138 @@
+"""One attack on one recorded update, and its scores where the secret is given."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from keyhole.core.attack import Attack, IterativeAttack
+from keyhole.core.belief import Belief, Simulated
+from keyhole.core.defense import Counter
+from keyhole.core.keys import fold_in, new_key, normal
+from keyhole.core.registry import BELIEFS, METRICS
+from keyhole.core.task import Task
+from keyhole.core.threat import ThreatModel
+from keyhole.core.types import Observation
+from keyhole.errors import DataError, Refused
+from keyhole.experiment.controls import noise_update
+from keyhole.experiment.recorded_training import Training
+from keyhole.experiment.run import START_JITTER
+from keyhole.experiment.transcript import Recorded, Secret
+from keyhole.metrics.matching import assign
+from keyhole.parts.labels import multiset_overlap
+from keyhole.solve.drive import Solved, solve
+from keyhole.solve.lift import Shared, stack
+
+SECOND = (
+    "A second attack went on from what this one found. It began at gray, as a transcript has no public images; how far "
+    "its images are from explaining the update was not measured."
+)
+"""What is said of a counter with a second attack."""
+
+
+@dataclass(frozen=True, eq=False)
+class Attempt:
+    """One attack on one update."""
+
+    attack: str
+    attacker: str
+    status: str
+    score: float
+    """The attack's own distance between simulated and recorded update; 0 explains all of it. NaN where it has none."""
+    guesses: Tensor
+    """Pixels (r, c, h, w) in [0, 1]; with secrets in their order."""
+    labels: tuple[int, ...]
+    evaluations: int
+    detail: str = ""
+    metrics: dict[str, list[float]] = field(default_factory=dict)
+    """For each secret image; empty without secrets."""
+    control: dict[str, list[float]] = field(default_factory=dict)
+    """The same for the same attack on noise of the same size."""
+
+
+def attempt(
+    task: Task,
+    one: Recorded,
+    training: Training,
+    name: str,
+    attack: Attack,
+    counter: Counter,
+    seed: int,
+    secret: Secret | None,
+) -> Attempt:
+    """Attack; with the secret also noise of the same size, so that both are scored."""
+    attacker = "naive" if counter.name == "naive" else f"adaptive:{counter.name}"
+    key = fold_in(new_key(seed), f"transcript {one.round} {one.client}")
+    seen = [one.observation]
+    if secret is not None:
+        # The same search for an update that says nothing: what resembles a secret by chance is no leak.
+        seen.append(seen[0]._replace(update=noise_update(one.update, fold_in(key, "prior only"))))
+    try:
+        solved, *blind = _solved(task, seen, training, attack, counter, key)
+    except Refused as error:
+        nothing = torch.zeros(0, *task.input_shape)
+        return Attempt(name, attacker, "refused", math.nan, nothing, (), 0, str(error))
+    guesses = task.bounds.to_pixels(solved.reconstruction.inputs).detach()
+    targets = solved.reconstruction.targets
+    labels = () if targets is None else tuple(targets.argmax(-1).tolist())
+    metrics: dict[str, list[float]] = {}
+    control: dict[str, list[float]] = {}
+    if secret is not None:
+        guesses, metrics = _scored(task, guesses, secret)
+        if targets is not None and len(targets) == len(secret.labels):
+            true = nn.functional.one_hot(secret.labels, task.num_classes).to(targets)
+            metrics["label_accuracy"] = [float(multiset_overlap(targets, true))] * len(true)
+        control = _scored(task, task.bounds.to_pixels(blind[0].reconstruction.inputs).detach(), secret)[1]
+    # A second attack's own score is of something else than updates.
+    score = float(solved.reconstruction.score) if counter.then is None else math.nan
+    detail = "" if counter.then is None else SECOND
+    return Attempt(name, attacker, solved.status, score, guesses, labels, solved.evaluations, detail, metrics, control)
+
+
+def _scored(task: Task, guesses: Tensor, secret: Secret) -> tuple[Tensor, dict[str, list[float]]]:
+    truth = task.bounds.to_pixels(secret.inputs.float())
+    if truth.shape[1:] != guesses.shape[1:] or len(truth) > len(guesses):
+        raise DataError(
+            f"the secrets are {len(truth)} images of shape {tuple(truth.shape[1:])}, but {len(guesses)} of shape "
+            f"{tuple(guesses.shape[1:])} were guessed; say how many there are with --set images={len(truth)}."
+        )
+    matched = guesses[assign(guesses, truth)]
+    return matched, {card.name: card.factory()(matched, truth).tolist() for card in METRICS}
+
+
+def _solved(
+    task: Task, seen: list[Observation], training: Training, attack: Attack, counter: Counter, key: Tensor
+) -> list[Solved]:
+    """The attack on several observations from the same weights, with the same start."""
+    belief: Belief = Simulated(training.rule)
+    if training.steps > 1:
+        belief = BELIEFS.build("straight_line", rule=training.rule)
+    threat = ThreatModel(training.rule, belief, training.images, counter=counter.told(training.images))
+    missing = (attack.needs | counter.needs) - threat.sees
+    if missing:
+        raise Refused(f"it needs {', '.join(sorted(missing))}, which a transcript does not hold.")
+    if counter.one_step and training.steps > 1:
+        raise Refused(f"it can only explain an update of one gradient; here it is made of {training.steps}.")
+    keys = key.expand(len(seen), -1).clone()
+    shared = Shared(seen[0].weights)
+    images = None
+    if isinstance(attack, IterativeAttack) and attack.initial != "random":
+        if attack.initial != "gray":
+            raise Refused(f"start = '{attack.initial}' needs public images, which a transcript does not hold.")
+        images = _gray(task, attack, training.images, keys)
+    then = None
+    if counter.then is not None:
+        if not attack.pictures:
+            raise Refused("its second attack works on images, and this attack finds none.")
+        # Elsewhere it starts from the mean of public images.
+        then = _gray(task, counter.then, training.images, keys)
+    return solve(attack, task, threat, (stack(seen, shared),), images, keys, shared, then_images=then)
+
+
+def _gray(task: Task, attack: IterativeAttack, images: int, keys: Tensor) -> Tensor:
+    """Start images (trials, starts, r, *shape), the same for all trials, which have one key."""
+    noise = normal(fold_in(keys[0], "start images"), (attack.restarts, images, *task.input_shape))
+    return task.bounds.from_pixels(0.5 + START_JITTER * noise).expand(len(keys), *noise.shape).clone()
