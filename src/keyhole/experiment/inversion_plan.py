@@ -101,7 +101,11 @@ def _known(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_inverting(
-    raw: dict[str, Any], data: DataSection, model: ModelSection, last: int | None, seeds: Sequence[int]
+    raw: dict[str, Any],
+    data: DataSection,
+    model: ModelSection,
+    last: int | None,
+    seeds: Sequence[int] = (0,),
 ) -> Inverting:
     """Resolve ``[invert]``.
 
