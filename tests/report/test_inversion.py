@@ -38,7 +38,7 @@ PLAN: dict[str, Any] = {
     "federation": {"rounds": 9},
     "defenses": [{"chain": [{"name": "clip", "norm": 1.0}]}],
     "invert": {
-        "rounds": [1, 9], "samples": 2, "public": [{"classes": [5, 6]}],
+        "rounds": [1, 9], "samples": 2, "images": True, "public": [{"classes": [5, 6]}],
         "attacks": [{"name": "gmi"}, {"name": "gmi", "hsic": "diversity", "together": 8}],
     },
 }  # fmt: skip

@@ -53,7 +53,7 @@ class InvertSection(_Section):
     samples: int = Field(default=5, ge=1)
     """Images of each class."""
     controls: bool = True
-    images: bool = True
+    images: bool = False
     """Whether the page shows the images made, and private ones beside them."""
     seed: int = 0
     """The attackers' randomness."""

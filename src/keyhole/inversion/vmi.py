@@ -14,7 +14,7 @@ from keyhole.core.keys import fold_in, normal
 from keyhole.core.registry import INVERSIONS
 from keyhole.core.types import Candidate, Key, Tensors
 from keyhole.errors import check_range
-from keyhole.inversion.gan import GAN, DCGANSettings, train_dcgan
+from keyhole.inversion.gan import GAN, DCGANSettings, train_dcgan, usable
 from keyhole.inversion.hsic import Dependence, HsicName
 from keyhole.inversion.identity import IdentityName, flat, identity_loss, public_features
 from keyhole.inversion.posteriors import Flow, Gaussian, Posterior
@@ -108,6 +108,10 @@ class VMI(Inversion):
     def _dependence(self) -> Dependence:
         # The authors attack one class at a time, so that their halves are halves of a class.
         return replace(Dependence.preset(self.hsic, self.hsic_weight), grouping="within_class")
+
+    def check(self, public: Tensor) -> None:
+        """32x32 images, at least a batch of them."""
+        usable(public, self.gan_batch, sides=(32,))
 
     def prepare(self, target: Target, public: Tensor, key: Key, place: Place, before: GAN | None = None) -> GAN:
         """A DCGAN of the public images; the target plays no part."""
