@@ -199,8 +199,8 @@ def invert_command(
     if plan.audit is not None and found.trained:
         _interruptible(lambda bars: frontier(plan, folder, name=defense_name, jobs=jobs, device=device, progress=bars))
         updates = update_leaks(plan, found.trained, folder)
-    table, verdict, html = write_inversions(found, folder, updates)
-    _print_table([(*line[:6], *line[10:13]) for line in table])
+    overview, verdict, html = write_inversions(found, folder, updates)
+    _print_table(overview)
     out.print(f"\n{verdict}", highlight=False, markup=False)
     out.print(f"\nReport: {html.resolve()}", highlight=False, soft_wrap=True)
 

@@ -140,6 +140,25 @@ def table(found: Sequence[Cell]) -> list[Line]:
     return lines
 
 
+def overview(found: Sequence[Cell]) -> list[Line]:
+    """A row for each attack, beside the best of the controls that know nothing of the network."""
+    lines: list[Line] = [
+        ("defense", "attack", "round", "test accuracy", "recognised (95 %)", "best control", "diversity", "networks")
+    ]
+    for c in found:
+        if not c.is_attack:
+            continue
+        control = floor(found, c)
+        lines.append(
+            (
+                c.defense, c.attack, str(c.round), share(c.accuracy), c.failed or accuracy_in_words(c.attack_accuracy),
+                NOTHING if control is None else share(control.attack_accuracy.value), fixed(c.diversity, 2),
+                str(len(c.by_seed)),
+            )
+        )  # fmt: skip
+    return lines
+
+
 def floor(found: Sequence[Cell], attack: Cell) -> Cell | None:
     """The best of the controls that know nothing of the network, for one attack's cell."""
     own = [
@@ -301,7 +320,7 @@ def as_dict(found: Inversions, lines: Sequence[Cell], both: Sequence[Line]) -> d
 def write_inversions(
     found: Inversions, folder: Path, updates: dict[tuple[str, int], Estimate] | None = None
 ) -> tuple[list[Line], str, Path]:
-    """Write ``report.json``, ``report.md`` and ``report.html``; returns the table, the verdict and the page's path.
+    """Write ``report.json``, ``report.md`` and ``report.html``; returns the overview, the verdict and the page's path.
 
     Args:
         found: what was run.
@@ -313,7 +332,7 @@ def write_inversions(
     store = Store(folder)
     store.write_text("report.json", json.dumps(as_dict(found, lines, both), indent=1, allow_nan=False) + "\n")
     store.write_text("report.md", _markdown(found, lines, both))
-    return table(lines), verdict(lines), store.write_text("report.html", _html(found, lines, both))
+    return overview(lines), verdict(lines), store.write_text("report.html", _html(found, lines, both))
 
 
 def joined(lines: Sequence[Cell], updates: dict[tuple[str, int], Estimate]) -> list[Line]:
