@@ -143,12 +143,22 @@ def measured_cells() -> Iterator[str]:
         "who do. *Controls*: the most that guesses without the update leak. *Lift*: mean SSIM of the worst attacker",
         "above the best control. *Client*: seconds for one update when all of a group are worked on together, on one",
         "CPU core. *Bound*: the largest share that any attack could recover, where the mechanism's noise gives one.",
-        "*Accuracy on digits*, whatever the table is about: on held-out digits after 20 rounds of federated averaging with that defense on all ten clients",
-        "(`python benchmarks/utility.py`, 3 seeds).",
+        "*Accuracy on digits*, whatever images the table is about: on held-out digits after 20 rounds of federated",
+        "averaging with that defense on all ten clients (`python benchmarks/utility.py`, 3 seeds).",
         "A dash: not measured, or there is none. Every defense had the same attack budget.",
         "",
     )
-    head = ("defense", "naive", "adaptive, worst", "controls", "lift", "client", "bound", "accuracy on digits", "verdict")
+    head = (
+        "defense",
+        "naive",
+        "adaptive, worst",
+        "controls",
+        "lift",
+        "client",
+        "bound",
+        "accuracy on digits",
+        "verdict",
+    )
     for place in dict.fromkeys((c["audit"], c["setting"], c["attack"]) for c in cells):
         own = [c for c in cells if (c["audit"], c["setting"], c["attack"]) == place]
         audit, setting, attack = place
