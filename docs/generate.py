@@ -39,6 +39,7 @@ KINDS: dict[str, tuple[str, Registry, str]] = {
     "data": ("Data sets", registry.DATASETS, "Named in `[data]`; your own come as a path or a hub id."),
 }
 WITH_OPTIONS = ("attacks", "inversions", "defenses", "models")
+NOTHING = "-"
 FILLED_IN = ("input_shape", "num_classes")
 """Arguments that the runner gives to a model."""
 
@@ -53,6 +54,7 @@ def main() -> None:
             (PAGES / folder / f"{card.name}.md").write_text(method_page(folder, card))
     (PAGES / "index.md").write_text(index_page())
     (DOCS / "defenses.md").write_text(defenses_page())
+    (DOCS / "inversions.md").write_text(inversions_page())
     missing = list(undocumented())
     if missing:
         sys.exit("docs/generate.py: " + "; ".join(missing))
@@ -128,8 +130,91 @@ def defenses_page() -> str:
             "attackers use one counter of every link at a time.",
             "",
             *measured_cells(),
+            *measured_frontiers(),
         ]
     )
+
+
+def measured_frontiers() -> Iterator[str]:
+    """What `keyhole frontier` measured of each defense: accuracy beside the worst leak rate, on the same data."""
+    kept = MEASURED / "frontiers.json"
+    if not kept.exists():
+        return
+    yield from ("", "## Accuracy against leakage", "")
+    yield from (
+        "Federated training with the defense on every client, then the worst attacker on updates of untrained and of",
+        "trained networks (`keyhole frontier NAME`). Accuracy with its interval over trainings; leaks with that over",
+        "images and networks.",
+    )
+    head = ("defense", "test accuracy", "images leaked, worst", "at round", "worst attacker", "epsilon")
+    for name, found in json.loads(kept.read_text()).items():
+        yield from ("", f"### `{name}`", "", f"{found['date']}.", "")
+        yield from table(head, [frontier_line(point) for point in found["points"]])
+
+
+def frontier_line(point: dict[str, Any]) -> tuple[str, ...]:
+    """One defense of a frontier."""
+    epsilon = point["epsilon"]
+    return (
+        point["defense"], interval(point["accuracy"]), interval(point["leak_rate"]),
+        NOTHING if point["round"] is None else str(point["round"]),
+        f"{point['attack']}, {point['attacker']}" if point["attacker"] else NOTHING,
+        NOTHING if epsilon is None else f"{epsilon:.3g}",
+    )  # fmt: skip
+
+
+def inversions_page() -> str:
+    """What `keyhole invert` measured, preset by preset."""
+    lines = [
+        "# Inversions measured",
+        "",
+        "What `keyhole invert NAME` found with the presets. *Recognised*: the share of images made from the global",
+        "network alone that another network takes for the private class they were made to show, with the interval over",
+        "federations; how to read it: [Inverting the model](inversion.md).",
+    ]
+    kept = MEASURED / "inversions.json"
+    known = json.loads(kept.read_text()) if kept.exists() else {}
+    head = (
+        "defense", "attack", "attacker", "round", "test accuracy", "recognised", "by the target", "diversity", "FID",
+        "networks", "seconds",
+    )  # fmt: skip
+    for name, found in known.items():
+        lines += ["", f"## `{name}`", "", f"{found['verdict']} {found['date']}.", ""]
+        lines += [f"- {one}" for one in found["assumptions"]]
+        lines += ["", *table(head, [inversion_line(row) for row in found["rows"]])]
+        for key, title in (("compared", "Against the first attack"), ("matched", "At matched accuracy")):
+            if found[key]:
+                lines += [
+                    "",
+                    f"{title}:",
+                    "",
+                    *table(tuple(found[key][0]), [tuple(row.values()) for row in found[key]]),
+                ]
+    return "\n".join(lines) + "\n"
+
+
+def inversion_line(row: dict[str, Any]) -> tuple[str, ...]:
+    """One row of an inversion's report."""
+
+    def shown(value: float | None, digits: int = 3) -> str:
+        return NOTHING if value is None else f"{value:.{digits}g}"
+
+    return (
+        row["defense"], row["attack"], row["attacker"].removeprefix("control:").replace("_", " "), str(row["round"]),
+        f"{100 * row['accuracy']:.0f} %", row["failed"] or interval(row["attack_accuracy"]),
+        NOTHING if row["target_accuracy"] is None else f"{100 * row['target_accuracy']:.0f} %",
+        shown(row["diversity"]), shown(row["fid"]), str(row["networks"]), shown(row["seconds"], 2),
+    )  # fmt: skip
+
+
+def interval(value: dict[str, float | None]) -> str:
+    """A share in percent with its interval, where there is one."""
+    if value["value"] is None:
+        return NOTHING
+    text = f"{100 * value['value']:.1f} %"
+    if value["low"] is None or value["high"] is None:
+        return text
+    return f"{text} ({100 * value['low']:.1f} to {100 * value['high']:.1f})"
 
 
 def measured_cells() -> Iterator[str]:

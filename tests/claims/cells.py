@@ -2,7 +2,8 @@
 
     python tests/claims/cells.py PRESET=DIR ...     read finished audits' report.json
     python tests/claims/cells.py --accuracy FILE    read what `benchmarks/utility.py --json FILE` measured
-    python tests/claims/cells.py --claims           both, from what `make claims` measured
+    python tests/claims/cells.py --frontier NAME=DIR --inversion NAME=DIR    keep those of keyhole frontier and invert
+    python tests/claims/cells.py --claims           all of it, from what `make claims` measured
 
 Each cell is one attack on one defense in one setting: the naive attacker, the worst who knows the defense, the best
 control, what a client pays, and a bound on any attack where there is one. docs/generate.py renders them.
@@ -23,6 +24,8 @@ from keyhole.report.verdict import FELL_FROM, NOT_BROKEN_UP_TO
 HERE = Path(__file__).parent
 KEPT = HERE / "measured" / "cells.json"
 ACCURACY = HERE / "measured" / "utility.json"
+FRONTIERS = HERE / "measured" / "frontiers.json"
+INVERSIONS = HERE / "measured" / "inversions.json"
 CLAIMS = HERE.parent.parent / "audits" / "claims"
 
 AUDITS = ("masking", "masking_weak.toml", "dp_sgd", "soteria", "obscuring", "concealing", "concealing_inserted.toml")
@@ -135,22 +138,53 @@ def keep_accuracy(figures: dict[str, Any]) -> None:
     ACCURACY.write_text(json.dumps(dict(sorted(kept.items())), indent=1) + "\n")
 
 
+FRONTIER_NAMES = ("frontier_mnist",)
+INVERSION_NAMES = ("fedinverse_digits", "fedinverse_mnist", "fedinverse_mnist_defenses", "fedinverse_mnist_ked",
+                   "fedinverse_faces")  # fmt: skip
+
+
+def keep_frontier(name: str, folder: Path, today: str) -> None:
+    """The points of a frontier: accuracy and worst leak rate of each defense."""
+    found = json.loads((folder / "report.json").read_text())
+    _keep(FRONTIERS, name, {"date": today, "points": found["points"]})
+
+
+def keep_inversion(name: str, folder: Path, today: str) -> None:
+    """The rows of a model inversion, and what was compared."""
+    found = json.loads((folder / "report.json").read_text())
+    kept = {key: found[key] for key in ("verdict", "assumptions", "rows", "compared", "matched")}
+    _keep(INVERSIONS, name, {"date": today, **kept})
+
+
+def _keep(path: Path, name: str, value: dict[str, Any]) -> None:
+    known = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps({**known, name: value}, indent=1) + "\n")
+
+
 def main() -> None:
     """Read reports and keep their cells."""
     parser = argparse.ArgumentParser(description="Keep what audits measured of every defense.")
     parser.add_argument("measured", nargs="*", metavar="PRESET=DIR", help="finished audits")
     parser.add_argument("--accuracy", type=Path, help="figures of benchmarks/utility.py")
+    parser.add_argument("--frontier", nargs="*", default=[], metavar="NAME=DIR", help="finished frontiers")
+    parser.add_argument("--inversion", nargs="*", default=[], metavar="NAME=DIR", help="finished inversions")
     parser.add_argument("--claims", action="store_true", help="read audits/claims, and train under defenses")
     chosen = parser.parse_args()
     measured = list(chosen.measured)
     if chosen.claims:
         measured += [f"{name}={CLAIMS / name.removesuffix('.toml')}" for name in AUDITS]
         chosen.accuracy = CLAIMS / "utility.json"
+        chosen.frontier += [f"{name}={CLAIMS / name}" for name in FRONTIER_NAMES]
+        chosen.inversion += [f"{name}={CLAIMS / name}" for name in INVERSION_NAMES]
         benchmark = HERE.parent.parent / "benchmarks" / "utility.py"
         subprocess.run([sys.executable, str(benchmark), *TRAINED, "--json", str(chosen.accuracy)], check=True)
     if chosen.accuracy:
         keep_accuracy(json.loads(chosen.accuracy.read_text()))
     cells, today = load(), datetime.date.today().isoformat()
+    for given in chosen.frontier:
+        keep_frontier(given.partition("=")[0], Path(given.partition("=")[2]), today)
+    for given in chosen.inversion:
+        keep_inversion(given.partition("=")[0], Path(given.partition("=")[2]), today)
     for given in measured:
         audit, _, folder = given.partition("=")
         cells = merge(cells, audit, cells_of(audit, json.loads((Path(folder) / "report.json").read_text()), today))

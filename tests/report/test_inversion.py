@@ -84,6 +84,14 @@ def one(inversions: Inversions, **wanted: Any) -> Cell:
     return cell
 
 
+def test_networks_that_agree_prove_no_more_than_their_images() -> None:
+    cell = one(found(*(row(0.0, seed=seed) for seed in range(5))))
+    # Wilson's upper bound of 0 of 20 images.
+    z = stats.norm.ppf(0.975)
+    assert cell.attack_accuracy.low == 0.0
+    assert cell.attack_accuracy.high == pytest.approx(z**2 / (20 + z**2))
+
+
 def test_networks_are_what_an_interval_is_over() -> None:
     values = [0.5, 0.7, 0.6, 0.9, 0.8]
     cell = one(found(*(row(v, seed=s, diversity=v) for s, v in enumerate(values))))

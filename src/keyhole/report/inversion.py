@@ -15,7 +15,7 @@ from keyhole.experiment.invert import ATTACK, Inversions, Row
 from keyhole.experiment.store import Store
 from keyhole.experiment.train import Trained
 from keyhole.experiment.training_plan import TrainingPlan
-from keyhole.report.intervals import Estimate
+from keyhole.report.intervals import Estimate, wilson
 from keyhole.report.names import defense_name, spec_names
 from keyhole.report.summarize import plain
 from keyhole.report.tables import Line
@@ -96,9 +96,7 @@ def cells(found: Inversions) -> list[Cell]:
                 by_seed={row.seed: row.scores.accuracy for row in scored if row.scores},
                 right_by_seed={row.seed: row.accuracy for row in scored},
                 diversity_by_seed={row.seed: row.scores.diversity for row in scored if row.scores},
-                attack_accuracy=over_seeds([row.scores.accuracy for row in scored if row.scores])
-                if scored
-                else Estimate(),
+                attack_accuracy=over_networks([row.scores.accuracy for row in scored if row.scores], rows[0].images),
                 top5=_mean(scored, lambda row: row.scores.accuracy_top5 if row.scores else math.nan),
                 knn_distance=_mean(scored, lambda row: row.scores.knn_distance if row.scores else math.nan),
                 feature_distance=_mean(scored, lambda row: row.scores.feature_distance if row.scores else math.nan),
@@ -114,6 +112,27 @@ def cells(found: Inversions) -> list[Cell]:
     first = {(c.defense, c.attack, c.round): place for place, c in enumerate(made) if c.is_attack}
     # Sorting is stable: controls stay as they came.
     return sorted(made, key=lambda c: first.get((c.defense, c.attack, c.round), len(made)))
+
+
+def over_networks(values: Sequence[float], images: int) -> Estimate:
+    """The mean share over networks with the wider of its Student interval and the Wilson interval of all images.
+
+    Networks that all agree would have no interval, as if none of ten images had proved that it is none of all. A single
+    network has none: it says nothing of others.
+
+    Args:
+        values: the share of each network.
+        images: of each network.
+    """
+    if not values:
+        return Estimate()
+    found = over_seeds(values)
+    if len(values) < 2:
+        return found
+    low, high = max(
+        (found.low, found.high), wilson(found.value, images * len(values)), key=lambda pair: pair[1] - pair[0]
+    )
+    return Estimate(found.value, low, high)
 
 
 def _images(found: Inversions) -> int:
@@ -310,11 +329,16 @@ def as_dict(found: Inversions, lines: Sequence[Cell], both: Sequence[Line]) -> d
         },
         "public_images": found.public,
         "rows": plain(rows),
-        "compared": compared(lines)[1:],
-        "matched": matched(lines)[1:],
-        "both": list(both),
+        "compared": _records(compared(lines)),
+        "matched": _records(matched(lines)),
+        "both": _records(both),
         "versions": versions(),
     }  # fmt: skip
+
+
+def _records(table: Sequence[Line]) -> list[dict[str, str]]:
+    """Rows of a table by the names of its columns, as the page words them."""
+    return [dict(zip(table[0], row, strict=True)) for row in table[1:]] if table else []
 
 
 def write_inversions(
