@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from keyhole.errors import ConfigError, DataError, UnknownName
 from keyhole.experiment import recorded
 from keyhole.experiment.recorded import audit_transcript
-from keyhole.experiment.transcript import as_json, as_safetensors, client_file, round_folder
+from keyhole.experiment.transcript import as_json, client_file, round_folder
 from keyhole.metrics.image import structural_similarity
 from keyhole.report.recorded import leaks, write_recorded
+from keyhole.solve.files import tensors_as_bytes
 
 LR = 0.3
 QUICK = 'attacks=[{name="idlg",steps=300}]'
@@ -57,8 +58,8 @@ def record(
     place = folder / round_folder(1)
     place.mkdir(parents=True)
     (folder / "transcript.json").write_bytes(as_json({"kind": "keyhole transcript", "version": 1}))
-    files = {"weights.safetensors": as_safetensors(model.state_dict())}
-    files |= {client_file(client): as_safetensors(update) for client, update in updates.items()}
+    files = {"weights.safetensors": tensors_as_bytes(model.state_dict())}
+    files |= {client_file(client): tensors_as_bytes(update) for client, update in updates.items()}
     for name, data in files.items():
         (place / name).write_bytes(data)
     clients = [
@@ -72,7 +73,7 @@ def record(
 
 def keep(folder: Path, client: str, images: Tensor, labels: Tensor) -> Path:
     (folder / round_folder(1)).mkdir(parents=True, exist_ok=True)
-    content = as_safetensors({"inputs": images, "labels": labels})
+    content = tensors_as_bytes({"inputs": images, "labels": labels})
     (folder / round_folder(1) / client_file(client)).write_bytes(content)
     return folder
 

@@ -14,8 +14,6 @@ This file needs no Flower.
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,27 +41,9 @@ def client_file(client: str) -> str:
     return f"client-{client}.safetensors"
 
 
-def write_private(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all, readable by its owner alone."""
-    partial = path.with_name(f"{path.name}.partial")
-    handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(handle, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
 def as_json(value: Any) -> bytes:
     """JSON as it is written in transcripts."""
     return json.dumps(value, indent=1).encode()
-
-
-def as_safetensors(tensors: Mapping[str, Tensor]) -> bytes:
-    """Tensors as the bytes of a safetensors file."""
-    from safetensors.torch import save
-
-    return save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
 
 
 @dataclass(frozen=True, eq=False)
