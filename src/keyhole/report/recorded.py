@@ -116,7 +116,7 @@ def lines(findings: Findings) -> list[tuple[str, ...]]:
 
 def remarks(findings: Findings) -> list[str]:
     """What the table does not say: clients without an update, why recording stopped, what attacks say of themselves."""
-    said = [f"No update of {text}" for text in findings.missing]
+    said = [f"Not attacked: {text}" for text in findings.missing]
     if "stopped" in findings.about:
         said.append(f"Recording stopped early: {findings.about['stopped']}")
     return said + [
