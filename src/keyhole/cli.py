@@ -97,6 +97,10 @@ def audit_command(
     if transcript is not None:
         if source is not None or model is None or layers or dry or as_json or ray:
             raise ConfigError("--transcript goes with --model, and with --secrets, --out and --set where wanted.")
+        if jobs or device != "cpu" or seconds:
+            raise ConfigError(
+                "--transcript works in one process on a CPU and never pauses; leave out --jobs, --device and --seconds."
+            )
         _audit_transcript(transcript, model, secrets, overrides or [], out_dir or Path("audits") / "transcript")
         return
     if source is None or model is not None or secrets is not None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import stat
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from torch import Tensor, nn
 from keyhole.errors import ConfigError, DataError, UnknownName
 from keyhole.experiment import recorded
 from keyhole.experiment.recorded import audit_transcript
-from keyhole.experiment.transcript import as_json, as_safetensors, client_file, round_folder
+from keyhole.experiment.transcript import as_json, client_file, round_folder
 from keyhole.metrics.image import structural_similarity
 from keyhole.report.recorded import leaks, write_recorded
+from keyhole.solve.files import tensors_as_bytes
 
 LR = 0.3
 QUICK = 'attacks=[{name="idlg",steps=300}]'
@@ -51,14 +53,14 @@ def moved(model: nn.Module, batches: list[tuple[Tensor, Tensor]], lr: float = LR
 
 
 def record(
-    folder: Path, model: nn.Module, updates: dict[str, dict[str, Tensor]], examples: dict[str, int], **config: Any
+    folder: Path, model: nn.Module, updates: dict[str, dict[str, Tensor]], examples: dict[str, Any], **config: Any
 ) -> Path:
     """A transcript of one round, written file by file."""
     place = folder / round_folder(1)
     place.mkdir(parents=True)
     (folder / "transcript.json").write_bytes(as_json({"kind": "keyhole transcript", "version": 1}))
-    files = {"weights.safetensors": as_safetensors(model.state_dict())}
-    files |= {client_file(client): as_safetensors(update) for client, update in updates.items()}
+    files = {"weights.safetensors": tensors_as_bytes(model.state_dict())}
+    files |= {client_file(client): tensors_as_bytes(update) for client, update in updates.items()}
     for name, data in files.items():
         (place / name).write_bytes(data)
     clients = [
@@ -72,7 +74,7 @@ def record(
 
 def keep(folder: Path, client: str, images: Tensor, labels: Tensor) -> Path:
     (folder / round_folder(1)).mkdir(parents=True, exist_ok=True)
-    content = as_safetensors({"inputs": images, "labels": labels})
+    content = tensors_as_bytes({"inputs": images, "labels": labels})
     (folder / round_folder(1) / client_file(client)).write_bytes(content)
     return folder
 
@@ -227,6 +229,66 @@ def test_counters_are_told_how_many_images_there_are_and_explain_one_step(tmp_pa
     two = record(tmp_path / "two", model, {"7": moved(model, [batch, batch])}, {"7": 2}, lr=LR, epochs=2)
     refused = audit_transcript(two, MODEL, changes=changes).found[0].attempts[2]
     assert refused.status == "refused" and "can only explain an update of one gradient" in refused.detail
+
+
+@pytest.mark.parametrize(
+    ("examples", "config", "said"),
+    [
+        (0, {}, "it says that it trained on 0 images"),
+        (-3, {}, "it says that it trained on -3 images"),
+        (1.5, {}, "it says that it trained on 1.5 images"),
+        (math.inf, {}, "it says that it trained on inf images"),
+        ("many", {}, "it says that it trained on 'many' images"),
+        (10**9, {}, "1000000000 images and 1 steps are behind the update; up to 10000"),
+        (10**400, {}, "it says that it trained on 1000"),
+        (1, {"local-epochs": 10**9}, "1 images and 1000000000 steps"),
+        (4, {"batch-size": 0.5}, "batch size 0.5, which cannot be"),
+        (4, {"batch-size": -1}, "batch size -1, which cannot be"),
+        (4, {"epochs": 0.5}, "epochs 0.5, which cannot be"),
+        (1, {"lr": math.inf}, "learning rate inf, which cannot be"),
+        (1, {"lr": 10**400}, "learning rate 1000"),
+    ],
+    ids=count(),
+)
+def test_a_client_of_whom_nonsense_is_recorded_keeps_no_other_from_being_audited(
+    tmp_path: Path, model: Small, image: tuple[Tensor, Tensor], examples: Any, config: dict[str, Any], said: str
+) -> None:
+    update = moved(model, [image])
+    folder = record(tmp_path / "t", model, {"7": update, "8": update}, {"7": examples, "8": 1}, lr=LR)
+    place = folder / round_folder(1) / "round.json"
+    told = json.loads(place.read_text())
+    told["clients"][0]["config"] |= config
+    place.write_bytes(as_json(told))
+    quick = 'attacks=[{name="idlg",steps=2}]'
+    findings = audit_transcript(folder, MODEL, changes=(quick, "most=1"))
+    assert [one.update.client for one in findings.found] == ["8"]
+    (missing,) = findings.missing
+    assert missing.startswith("round 1, client 7: ") and said in missing
+    write_recorded(findings, tmp_path / "out")
+    assert f"Not attacked: {missing[:40]}" in (tmp_path / "out" / "report.md").read_text()
+    with pytest.raises((DataError, ConfigError), match="can be attacked|no recorded update"):
+        audit_transcript(folder, MODEL, changes=(quick, 'clients=["7"]'))
+
+
+def test_what_is_given_stands_for_nonsense_that_was_recorded(
+    tmp_path: Path, model: Small, image: tuple[Tensor, Tensor]
+) -> None:
+    folder = record(tmp_path / "t", model, {"7": moved(model, [image])}, {"7": 10**9}, lr=LR, epochs=-2)
+    given = ('attacks=[{name="idlg",steps=2}]', "images=1", "epochs=1")
+    assert audit_transcript(folder, MODEL, changes=given).found[0].training.images == 1
+
+
+def test_files_that_cannot_be_computed_with_or_are_nested_without_end_are_said_in_a_sentence(
+    tmp_path: Path, model: Small, image: tuple[Tensor, Tensor]
+) -> None:
+    small = {name: value.to(torch.float8_e4m3fn) for name, value in moved(model, [image]).items()}
+    with pytest.raises(DataError, match="is of type torch.float8_e4m3fn, which is not read"):
+        audit_transcript(record(tmp_path / "small", model, {"7": small}, {"7": 1}), MODEL)
+    for name in ("transcript.json", f"{round_folder(1)}/round.json"):
+        folder = record(tmp_path / name[0], model, {"7": moved(model, [image])}, {"7": 1})
+        (folder / name).write_text("[" * 100_000)
+        with pytest.raises(DataError, match="is damaged or cut short"):
+            audit_transcript(folder, MODEL)
 
 
 def test_the_report_says_what_was_found(tmp_path: Path, model: Small, image: tuple[Tensor, Tensor]) -> None:

@@ -113,6 +113,13 @@ def test_a_damaged_account_is_not_trusted(tmp_path: Path) -> None:
     assert all(torch.equal(a[n], b[n]) for a, b in zip(before, states(again), strict=True) for n in a)
 
 
+@pytest.mark.parametrize("options", [{}, {"partition": "dirichlet", "alpha": 0.5}])
+def test_images_that_cannot_be_dealt_out_leave_no_folder(options: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="500 clients cannot share"):
+        train(plan_of(clients=500, **options), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_folder_of_another_training_is_left_alone(tmp_path: Path) -> None:
     train(plan_of(rounds=1), tmp_path)
     with pytest.raises(StoreError, match="another experiment"):

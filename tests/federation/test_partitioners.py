@@ -108,6 +108,7 @@ def test_dirichlet_clients_are_as_far_apart_as_alpha_says() -> None:
         ("exponential", {}, 20, 'partition = "exponential" failed'),
         ("pathological", {"classes_per_client": 6}, 5, "is greater than the number of unique classes"),
         ("shard", {"shards_per_client": 2, "shard_size": 300}, 5, "the creation of the partitions is impossible"),
+        ("shard", {"shards_per_client": 81}, 5, "400 images cannot be cut into 405 shards"),
         ("shard", {"shard_size": 300}, 5, "results in empty partitions"),
         ("flower_dirichlet", {"alpha": 0.01, "min_size": 81}, 5, "max number of attempts"),
         ("linear", {}, 401, "401 clients cannot share 400 images"),

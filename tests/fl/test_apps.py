@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from keyhole.errors import ConfigError, ModelError
 from keyhole.experiment.train import Trained, train
 from keyhole.experiment.training_plan import TrainingPlan, parse_training
 from keyhole.fl import apps
-from keyhole.fl.apps import Server, client_app
+from keyhole.fl.apps import Server, client_app, train_in_flower
 
 OPTIONS: dict[str, dict[str, Any]] = {  # others run with their defaults
     "clip": {"norm": 0.1},
@@ -144,6 +145,23 @@ def test_a_killed_training_goes_on_as_if_it_had_not_been(name: str, tmp_path: Pa
     again = in_flower(plan, tmp_path / "cut", told=lambda what, fraction: told.append(f"{what} {fraction}"))
     assert told == [f"training 01-{name}, seed 0 1.0"]
     assert_equal(whole, again)
+
+
+def test_no_more_clients_at_a_time_than_cores_that_may_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray")
+    import flwr.simulation
+
+    given: list[dict[str, Any]] = []
+    for name in ("RAY_usage_stats_enabled", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setattr(logging.getLogger("flwr"), "setLevel", lambda level: None)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {3, 5, 7}, raising=False)
+    monkeypatch.setattr(flwr.simulation, "run_simulation", lambda *app, backend_config: given.append(backend_config))
+    for clients in (2, 8):
+        with pytest.raises(ConfigError, match="ended before the training did"):
+            train_in_flower(parse_training(raw(clients=clients)), tmp_path)
+    assert [one["init_args"]["num_cpus"] for one in given] == [2, 3]
 
 
 def test_what_a_defense_keeps_stays_with_its_client(tmp_path: Path) -> None:

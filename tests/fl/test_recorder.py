@@ -195,7 +195,7 @@ def test_a_full_disk_ends_the_recording_and_leaves_no_half_a_round(
 ) -> None:
     from keyhole.fl import recorder
 
-    write, calls = recorder.write_private, []
+    write, calls = recorder.write_whole, []
 
     def fails(path: Path, content: bytes) -> None:
         calls.append(path)
@@ -203,7 +203,7 @@ def test_a_full_disk_ends_the_recording_and_leaves_no_half_a_round(
             raise OSError(28, "No space left on device")
         write(path, content)
 
-    monkeypatch.setattr(recorder, "write_private", fails)
+    monkeypatch.setattr(recorder, "write_whole", fails)
     result = federate(Recorder(quiet(), tmp_path), 3)
     assert data(result.arrays) == data(federate(quiet(), 3).arrays)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["round-0001", "transcript.json"]
@@ -216,14 +216,14 @@ def test_a_server_killed_while_it_writes_leaves_a_transcript_that_can_be_read(
 ) -> None:
     from keyhole.fl import recorder
 
-    write = recorder.write_private
+    write = recorder.write_whole
 
     def killed(path: Path, content: bytes) -> None:
         if "round-0002" in str(path) and path.name == "client-1001.safetensors":
             raise KeyboardInterrupt
         write(path, content)
 
-    monkeypatch.setattr(recorder, "write_private", killed)
+    monkeypatch.setattr(recorder, "write_whole", killed)
     # A kill gives no time to clean up.
     monkeypatch.setattr(recorder.shutil, "rmtree", lambda path, ignore_errors: None)
     with pytest.raises(KeyboardInterrupt):

@@ -12,9 +12,10 @@ os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
 
 from flower import context
 
-from keyhole.core.defense import Defense, chain
+from keyhole.core.defense import Context, Defense, chain
 from keyhole.core.registry import DEFENSES
 from keyhole.core.task import Task
+from keyhole.core.types import Batch
 from keyhole.errors import ConfigError
 from keyhole.fl import defended_training
 
@@ -88,3 +89,39 @@ class Grows(Defense):
 def test_a_defense_that_adds_parameters_is_refused() -> None:
     with pytest.raises(ConfigError, match="the server has to have them too"):
         moved(Grows())
+
+
+class Watching(Defense):
+    """Notes what it is told and given in each round."""
+
+    def __init__(self) -> None:
+        self.rounds: list[tuple[int, bool]] = []
+        self.inputs: list[Tensor] = []
+
+    def on_batch(self, batch: Batch, ctx: Context) -> Batch:
+        self.rounds.append((ctx.round, ctx.again))
+        self.inputs.append(batch.inputs)
+        return batch
+
+
+def test_a_client_with_other_images_does_not_train_on_what_was_made_of_those_before() -> None:
+    """Also with the same ones in another order, under other labels, and fewer of them."""
+    images, labels = data()
+    turned = torch.arange(6).flip(0)
+    cases = [(images, labels), (images[turned], labels[turned]), (images, labels.flip(0)), (images[:4], labels[:4])]
+    for number, case in enumerate(cases):
+        where, watching = context(), Watching()
+        defense = chain(DEFENSES.build("obscuring", steps=2, start="noise", refresh=4), watching)
+        for inputs, targets in (cases[0], case):
+            defended_training(make(), defense, inputs, targets, where, lr=0.5, seed=0)
+        assert watching.rounds == [(0, False), (1, number == 0)]
+        assert torch.equal(*watching.inputs) is (number == 0)
+
+
+def test_the_servers_number_of_the_round_counts_where_it_is_told() -> None:
+    where, watching = context(), Watching()
+    for number in (3, 7, None):
+        defended_training(make(), watching, *data(), where, lr=0.5, round=number)
+    assert watching.rounds == [(2, False), (6, True), (2, True)]
+    with pytest.raises(ConfigError, match="round is 0"):
+        defended_training(make(), watching, *data(), where, lr=0.5, round=0)

@@ -38,7 +38,7 @@ class NegLabelSmoothing(Defense):
 
     In training a is 0 in the first ``start`` rounds, grows by equal steps, and is whole from round ``full`` on. An
     audited update is one under the whole of a whatever the schedule, as an audit does not know of a training's rounds.
-    In Flower rounds are those that the client took part in.
+    In Flower rounds are those that the client took part in, unless `keyhole.fl.defended_training` is told the server's.
 
     Args:
         smoothing: a, from -1 to 0; the paper's is -0.05.

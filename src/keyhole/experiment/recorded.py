@@ -14,7 +14,7 @@ from keyhole.core.attack import Attack
 from keyhole.core.defense import Counter, chain
 from keyhole.core.registry import ATTACKS, DEFENSES
 from keyhole.core.task import Bounds, Task
-from keyhole.errors import ConfigError, DataError
+from keyhole.errors import ConfigError, DataError, Refused
 from keyhole.experiment.feasibility import Reason, Verdict
 from keyhole.experiment.options import method
 from keyhole.experiment.recorded_attack import Attempt, attempt
@@ -56,6 +56,7 @@ class Findings:
     about: dict[str, Any]
     recorded: int
     missing: tuple[str, ...]
+    """Clients whose update is missing or cannot be attacked, and why."""
     found: tuple[Finding, ...]
     known: Known
 
@@ -87,8 +88,21 @@ def audit_transcript(folder: Path, model: str, secrets: Path | None = None, chan
     members = [[one] for one in chosen]
     if known.sum:
         members = [[one for one in chosen if one.round == number] for number in dict.fromkeys(o.round for o in chosen)]
-    found = [_finding(task, parts, known, secrets) for parts in members[: known.most]]
-    return Findings(folder, model, transcript.about, len(transcript.updates), transcript.missing, tuple(found), known)
+    found: list[Finding] = []
+    missing = list(transcript.missing)
+    for parts in members:
+        if len(found) == known.most:
+            break
+        one = summed(parts) if known.sum else parts[0]
+        try:
+            training = training_of(task, one, known)
+        except Refused as error:
+            missing.append(f"round {one.round}, client {one.client}: {error}")
+            continue
+        found.append(_finding(task, one, training, parts, known, secrets))
+    if not found:
+        raise DataError(f"no recorded update can be attacked: {missing[-1]}")
+    return Findings(folder, model, transcript.about, len(transcript.updates), tuple(missing), tuple(found), known)
 
 
 def _task(network: nn.Module, known: Known) -> Task:
@@ -121,9 +135,9 @@ def summed(parts: list[Recorded]) -> Recorded:
     return Recorded(first.round, f"sum of {len(parts)}", first.weights, update, examples, first.config)
 
 
-def _finding(task: Task, parts: list[Recorded], known: Known, secrets: Path | None) -> Finding:
-    one = summed(parts) if known.sum else parts[0]
-    training = training_of(task, one, known)
+def _finding(
+    task: Task, one: Recorded, training: Training, parts: list[Recorded], known: Known, secrets: Path | None
+) -> Finding:
     attacks = [method(ATTACKS, raw, "attack") for raw in known.attacks or (ONE_STEP if training.steps == 1 else STEPS)]
     built: list[tuple[str, Attack]] = [(spec.name, ATTACKS.build(spec.name, **spec.asdict())) for spec in attacks]
     if not training.scale_known:

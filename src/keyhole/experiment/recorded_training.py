@@ -12,16 +12,19 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from keyhole.core.keys import new_key, normal
 from keyhole.core.rule import LocalSGD
 from keyhole.core.task import Task
-from keyhole.errors import ConfigError, UnknownName
+from keyhole.errors import ConfigError, Refused, UnknownName
 from keyhole.experiment.options import sentence
 from keyhole.experiment.overrides import override
-from keyhole.experiment.transcript import Recorded
+from keyhole.experiment.transcript import Recorded, whole
 from keyhole.parts.labels.head import head_of
 
 _LR = ("lr", "learning-rate", "learning_rate")
 _EPOCHS = ("local-epochs", "local_epochs", "epochs")
 _BATCH = ("batch-size", "batch_size")
 """Names under which servers tell clients how to train."""
+
+MOST = 10_000
+"""Images or steps behind one update, above which attacks are not tried: their memory and time grow with them."""
 
 
 class Known(BaseModel):
@@ -83,16 +86,22 @@ def known_from(changes: tuple[str, ...]) -> Known:
 
 
 def training_of(task: Task, one: Recorded, known: Known) -> Training:
-    """What of it is known, and from where."""
+    """What of it is known, and from where.
+
+    Raises:
+        Refused: what was recorded cannot be, or is too much to attack.
+    """
     words: list[str] = []
 
-    def find(name: str, given: Any, keys: tuple[str, ...]) -> float | None:
+    def find(name: str, given: Any, keys: tuple[str, ...], counted: bool = True) -> float | None:
         if given is not None:
             words.append(f"{name} {given:g}, as given")
             return float(given)
         told = next((one.config[key] for key in keys if isinstance(one.config.get(key), int | float)), None)
-        if told is None or not told > 0:
+        if told is None:
             return None
+        if not (whole(told) if counted else 0 < told < 1e9):
+            raise Refused(f"the recorded config has {name} {told!r}, which cannot be; say it with --set.")
         words.append(f"{name} {told:g}, from the recorded config")
         return float(told)
 
@@ -103,7 +112,7 @@ def training_of(task: Task, one: Recorded, known: Known) -> Training:
         else f"{images} image{'s' * (images != 1)}, {'as given' if known.images else 'as the client says'}"
     )
     images = images or 1
-    lr, epochs = find("learning rate", known.lr, _LR), find("epochs", known.epochs, _EPOCHS)
+    lr, epochs = find("learning rate", known.lr, _LR, counted=False), find("epochs", known.epochs, _EPOCHS)
     size = find("batch size", known.batch_size, _BATCH)
     batch = images if size is None else min(int(size), images)
     if size is None and images > 1:
@@ -112,6 +121,8 @@ def training_of(task: Task, one: Recorded, known: Known) -> Training:
         words.append("one epoch, which is an assumption")
     rounds = int(epochs or 1)
     steps = rounds * -(-images // batch)
+    if max(images, steps) > MOST:
+        raise Refused(f"{images} images and {steps} steps are behind the update; up to {MOST} of each are attacked.")
     estimate = None
     if lr is None:
         estimate = _estimate(task, one, steps)

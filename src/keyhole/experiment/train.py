@@ -177,6 +177,8 @@ class Problem:
         targets = one_hot(data.public.labels, data.num_classes).to(device, torch.float32)
         share = torch.full((len(targets),), 1.0 / len(targets), device=device)
         self.public = Batch(self._inputs(data.public.images), targets, share)
+        for seed in plan.run.seeds:
+            self.parts(seed)
         for specs in plan.defenses:
             self._check_bound(build_defense(specs))
 

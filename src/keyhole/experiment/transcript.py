@@ -14,8 +14,6 @@ This file needs no Flower.
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +30,12 @@ VERSION = 1
 
 TRANSCRIPT, ROUND = "transcript.json", "round.json"
 
+_TYPES = frozenset(
+    [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+    + [torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64]
+)
+"""Of tensors in files; others, such as the 8-bit floats, cannot be computed with."""
+
 
 def round_folder(number: int) -> str:
     """Name of a round's folder."""
@@ -43,27 +47,9 @@ def client_file(client: str) -> str:
     return f"client-{client}.safetensors"
 
 
-def write_private(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all, readable by its owner alone."""
-    partial = path.with_name(f"{path.name}.partial")
-    handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(handle, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
 def as_json(value: Any) -> bytes:
     """JSON as it is written in transcripts."""
     return json.dumps(value, indent=1).encode()
-
-
-def as_safetensors(tensors: Mapping[str, Tensor]) -> bytes:
-    """Tensors as the bytes of a safetensors file."""
-    from safetensors.torch import save
-
-    return save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +63,7 @@ class Recorded:
     update: Tensors
     """Parameters: what the server subtracts."""
     examples: int | None
-    """How many images the client says it trained on."""
+    """How many images the client says it trained on, at least 1."""
     config: dict[str, Any]
     """What the server told it, such as a learning rate."""
 
@@ -170,6 +156,8 @@ def read_tensors(path: Path, what: str, size: int | None = None) -> Tensors:
     if size is not None and len(data) != size:
         raise DataError(f"{what} file '{path}' is cut short or was exchanged: {len(data)} bytes, not {size}.")
     for name, tensor in tensors.items():
+        if tensor.dtype not in _TYPES:
+            raise DataError(f"{what} file '{path}': '{name}' is of type {tensor.dtype}, which is not read.")
         if not torch.isfinite(tensor).all():
             raise DataError(f"{what} file '{path}': '{name}' holds NaN or infinity.")
     return tensors
@@ -180,7 +168,7 @@ def _json(path: Path, what: str) -> dict[str, Any]:
         found = json.loads(path.read_text())
     except OSError as error:
         raise DataError(f"{what}: it has no {path.name}.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"'{path}' is damaged or cut short ({cause(error)}).") from error
     if not isinstance(found, dict):
         raise DataError(f"'{path}' is damaged: it holds no JSON object.")
@@ -195,10 +183,12 @@ def _read_round(place: Path, model: nn.Module) -> tuple[list[Recorded], list[str
         shared: dict[str, Weights] = {}
         updates, missing = [], []
         for client, one in clients:
-            if "error" in one:
-                missing.append(f"round {number}, client {client}: {one['error']}")
+            examples = one.get("examples")
+            if "error" in one or not (examples is None or whole(examples)):
+                why = one.get("error", f"it says that it trained on {examples!r} images.")
+                missing.append(f"round {number}, client {client}: {why}")
                 continue
-            name, examples = str(one["weights"]), one.get("examples")
+            name = str(one["weights"])
             for used in (name, str(one["update"])):
                 if used not in sizes or "/" in used:
                     raise ValueError(f"'{used}' is not among its files")
@@ -207,9 +197,14 @@ def _read_round(place: Path, model: nn.Module) -> tuple[list[Recorded], list[str
             update = _update(place / one["update"], int(sizes[one["update"]]), model)
             known = None if examples is None else int(examples)
             updates.append(Recorded(number, client, shared[name], update, known, dict(one.get("config", {}))))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
         raise DataError(f"'{place / ROUND}' is damaged ({cause(error)}).") from error
     return sorted(updates, key=lambda one: one.client), missing
+
+
+def whole(number: Any) -> bool:
+    """Whether something read from JSON is a whole number from 1 on, and one that a float can hold."""
+    return not isinstance(number, bool) and isinstance(number, int | float) and 1 <= number < 2**53 and number % 1 == 0
 
 
 def _weights(path: Path, size: int, model: nn.Module) -> Weights:

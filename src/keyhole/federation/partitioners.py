@@ -61,6 +61,10 @@ class PartitionedByFlower(Federation):
         """Row indices of each client."""
         if self.clients > len(labels):
             raise ConfigError(f"{self.clients} clients cannot share {len(labels)} images; each needs at least one.")
+        shards = self.clients * (self.options.get("shards_per_client") or 0)
+        if shards > len(labels):
+            # Flower Datasets would divide by zero.
+            raise ConfigError(f"{len(labels)} images cannot be cut into {shards} shards; lower shards_per_client.")
         parts = self._parts(labels, fold_in(key, "partitioner"))
         for client, part in enumerate(parts):
             if len(part) == 0:

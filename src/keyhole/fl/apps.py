@@ -28,6 +28,7 @@ from keyhole.errors import ConfigError, KeyholeError, ModelError, cause
 from keyhole.experiment.participant import take_part
 from keyhole.experiment.train import Ask, Problem, Trained, folder_of, train
 from keyhole.experiment.training_plan import TrainingPlan, parse_training
+from keyhole.experiment.work import available_cores
 from keyhole.federation.local import Round
 from keyhole.fl.convert import to_record, to_tensors
 from keyhole.fl.mods import client_number
@@ -66,7 +67,7 @@ def train_in_flower(plan: TrainingPlan, folder: Path, *, told: Told = silent) ->
     clients = plan.federation.clients
     server = Server(plan, folder, told)
     # Its own Ray: by default it would join whatever cluster was started on this machine.
-    init = {"address": "local", "num_cpus": min(clients, os.cpu_count() or 1)}
+    init = {"address": "local", "num_cpus": min(clients, available_cores())}
     init |= {"logging_level": "ERROR", "log_to_driver": False}
     config = {"init_args": init, "client_resources": {"num_cpus": 1, "num_gpus": 0.0}}
     try:

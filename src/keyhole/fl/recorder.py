@@ -24,12 +24,11 @@ from keyhole.experiment.transcript import (
     TRANSCRIPT,
     VERSION,
     as_json,
-    as_safetensors,
     client_file,
     round_folder,
-    write_private,
 )
 from keyhole.fl.convert import to_tensors
+from keyhole.solve.files import tensors_as_bytes, write_whole
 
 _LOG = logging.getLogger("keyhole.fl")
 
@@ -84,7 +83,7 @@ class Recorder(Strategy):
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             if (self.folder / TRANSCRIPT).exists():
                 raise StoreError(f"'{self.folder}' holds a transcript already; name another folder.")
-            write_private(self.folder / TRANSCRIPT, as_json(self._about))
+            write_whole(self.folder / TRANSCRIPT, as_json(self._about))
         except OSError as error:
             raise StoreError(f"cannot write a transcript to '{self.folder}': {error.strerror}.") from error
 
@@ -145,7 +144,7 @@ class Recorder(Strategy):
             self._sent = {}
             _LOG.error("Recording to '%s' stopped: %s", self.folder, self._stopped)
             try:
-                write_private(self.folder / TRANSCRIPT, as_json({**self._about, "stopped": self._stopped}))
+                write_whole(self.folder / TRANSCRIPT, as_json({**self._about, "stopped": self._stopped}))
             except OSError:
                 _LOG.error("The transcript cannot say so, as nothing can be written.")
 
@@ -188,8 +187,8 @@ class Recorder(Strategy):
                 continue
             if id(record) not in names:
                 names[id(record)] = f"weights{f'-{len(names) + 1}' if names else ''}.safetensors"
-                files[names[id(record)]] = as_safetensors(sent)
-            files[client_file(str(node))] = as_safetensors(update)
+                files[names[id(record)]] = tensors_as_bytes(sent)
+            files[client_file(str(node))] = tensors_as_bytes(update)
             metrics = {k: v for one in reply.content.metric_records.values() for k, v in one.items()}
             told |= {
                 "weights": names[id(record)],
@@ -212,7 +211,7 @@ class Recorder(Strategy):
         try:
             partial.mkdir(mode=0o700)
             for name, data in files.items():
-                write_private(partial / name, data)
+                write_whole(partial / name, data)
             partial.rename(place)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
@@ -256,9 +255,9 @@ def record_batches(directory: str | os.PathLike[str], message: Message, inputs: 
     if inputs.shape[0] != labels.numel() or inputs.dim() < 2:
         raise ConfigError(f"{tuple(inputs.shape)} images and {labels.numel()} labels do not fit.")
     place = Path(directory) / round_folder(int(str(rounds[0])))
-    data = as_safetensors({"inputs": inputs, "labels": labels.reshape(-1).to(torch.int64)})
+    data = tensors_as_bytes({"inputs": inputs, "labels": labels.reshape(-1).to(torch.int64)})
     try:
         place.mkdir(parents=True, exist_ok=True, mode=0o700)
-        write_private(place / client_file(str(message.metadata.dst_node_id)), data)
+        write_whole(place / client_file(str(message.metadata.dst_node_id)), data)
     except OSError as error:
         raise StoreError(f"cannot write secrets to '{place}': {error.strerror}.") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from flwr.app import ConfigRecord
 from flwr.app import Context as FlowerContext
 from torch import Tensor, nn
 
@@ -11,9 +12,12 @@ from keyhole.core.keys import fold_in
 from keyhole.core.rule import LocalSGD
 from keyhole.core.task import Bounds, Task, weights_of
 from keyhole.core.types import Batch
-from keyhole.errors import ConfigError
+from keyhole.errors import ConfigError, check_range
 from keyhole.fl.convert import keep_state, kept_state
 from keyhole.fl.mods import client_number, round_key
+from keyhole.solve.files import digest
+
+_IMAGES = "keyhole.images"
 
 
 def defended_training(
@@ -31,6 +35,7 @@ def defended_training(
     batchnorm: str | None = None,
     dropout: str | None = None,
     public: Batch | None = None,
+    round: int | None = None,
     seed: int | None = None,
 ) -> None:
     """Train a model in place for one round under a defense, with all of its hooks: ``w <- w - defense(w - w_T)``.
@@ -52,12 +57,16 @@ def defended_training(
         batchnorm: as in `Task.of`; running statistics stay as received.
         dropout: as in `Task.of`.
         public: public images, for defenses that need some.
+        round: the server's number of the round, from 1, as the message's ``server-round`` says it: for defenses with a
+            schedule. By default the rounds that this client took part in are counted.
         seed: for simulations only; by default the operating system gives 64 bits of randomness.
 
     Raises:
-        ConfigError: the defense adds or drops parameters of the model, so that server and clients would differ.
+        ConfigError: the defense adds or drops parameters of the model, so that server and clients would differ, or the
+            round is below 1.
         ModelError: see `Task.of`.
     """
+    check_range("round", 1 if round is None else round, 1)
     heads = [module for module in model.modules() if isinstance(module, nn.Linear)]
     shape = tuple(inputs.shape[1:])
     bounds = Bounds.of(mean or (0.0,) * shape[0], std or (1.0,) * shape[0], inputs.dtype)
@@ -68,14 +77,18 @@ def defended_training(
         raise ConfigError(f"{type(defense).__name__} changes the model's parameters; the server has to have them too.")
     state, rounds = kept_state(context)
     client = client_number(context)
-    key = round_key(seed, client, rounds + 1)
+    number = rounds + 1 if round is None else round
+    key = round_key(seed, client, number)
+    # In their order, as what a defense made of the images last time is kept in that order.
+    images = digest({"inputs": inputs, "labels": labels})
+    before = context.state.config_records.get(_IMAGES, {})
     weights = weights_of(model, inputs.dtype)
     ctx = Context(
         task,
         weights,
         fold_in(key, "defense"),
-        round=rounds,
-        again=rounds > 0,
+        round=number - 1,
+        again=before.get("digest") == images,
         training=True,
         client=client,
         public=public,
@@ -91,3 +104,4 @@ def defended_training(
         for name, parameter in model.named_parameters():
             parameter.sub_(update[name].to(parameter.dtype))
     keep_state(context, ctx.state, rounds + 1)
+    context.state[_IMAGES] = ConfigRecord({"digest": images})

@@ -13,8 +13,8 @@ import numpy as np
 from keyhole.errors import StoreError
 from keyhole.experiment.recorded import Finding, Findings
 from keyhole.experiment.recorded_attack import Attempt
-from keyhole.experiment.transcript import as_safetensors, write_private
 from keyhole.report.groups import LEAK_MARGIN, LEAK_SSIM, SLACK
+from keyhole.solve.files import tensors_as_bytes, write_whole
 
 HEAD = ("round", "client", "images", "steps", "prediction", "attack", "attacker", "status", "score", "SSIM", "leaked")
 
@@ -116,7 +116,7 @@ def lines(findings: Findings) -> list[tuple[str, ...]]:
 
 def remarks(findings: Findings) -> list[str]:
     """What the table does not say: clients without an update, why recording stopped, what attacks say of themselves."""
-    said = [f"No update of {text}" for text in findings.missing]
+    said = [f"Not attacked: {text}" for text in findings.missing]
     if "stopped" in findings.about:
         said.append(f"Recording stopped early: {findings.about['stopped']}")
     return said + [
@@ -181,10 +181,10 @@ def write_recorded(findings: Findings, folder: Path) -> Path:
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_private(folder / "reconstructions.safetensors", as_safetensors(images))
-        write_private(folder / "report.json", (json.dumps(as_dict(findings), indent=1) + "\n").encode())
-        write_private(folder / "report.md", _markdown(findings).encode())
-        write_private(folder / "report.html", _html(findings).encode())
+        write_whole(folder / "reconstructions.safetensors", tensors_as_bytes(images))
+        write_whole(folder / "report.json", (json.dumps(as_dict(findings), indent=1) + "\n").encode())
+        write_whole(folder / "report.md", _markdown(findings).encode())
+        write_whole(folder / "report.html", _html(findings).encode())
     except OSError as error:
         raise StoreError(f"cannot write to the output folder '{folder}': {error.strerror}.") from error
     return folder / "report.html"

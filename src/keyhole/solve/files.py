@@ -71,8 +71,8 @@ def write_whole(path: Path, data: bytes) -> None:
     os.replace(partial, path)
 
 
-def tensors_as_bytes(tensors: Tensors, metadata: dict[str, str]) -> bytes:
-    """Named tensors and an account in words, as a safetensors file holds them."""
+def tensors_as_bytes(tensors: Tensors, metadata: dict[str, str] | None = None) -> bytes:
+    """Named tensors, with an account in words where there is one, as a safetensors file holds them."""
     from safetensors.torch import save
 
     # Cloned, as tensors that share memory cannot be saved.
