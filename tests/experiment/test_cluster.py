@@ -298,6 +298,31 @@ def test_a_cluster_that_is_not_there_is_said_at_once() -> None:
             pass
 
 
+def test_the_cluster_that_the_environment_names_is_asked_for_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray would try to reach it for ever."""
+    pytest.importorskip("ray", reason="Ray, which the extra 'flower' brings, is not installed")
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{closed.getsockname()[1]}"
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        with pytest.raises(ConfigError, match=f"no Ray cluster can be reached at '{address}'"), cluster("auto"):
+            pass
+    monkeypatch.setenv("RAY_ADDRESS", "ray://head:10001")
+    with pytest.raises(ConfigError, match="RAY_ADDRESS.* is 'ray://head:10001'"), cluster("auto"):
+        pass
+
+
+def test_something_that_listens_and_is_no_cluster_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray", reason="Ray, which the extra 'flower' brings, is not installed")
+    monkeypatch.setattr(module, "PATIENCE", 4.0)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        address = f"127.0.0.1:{other.getsockname()[1]}"
+        began = time.monotonic()
+        with pytest.raises(ConfigError, match="no Ray cluster .*no answer within 4 seconds"), cluster(address):
+            pass
+        assert time.monotonic() - began < 30
+
+
 def test_missing_ray_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ConfigError, match="needs Ray, which 'pip install"), cluster("local"):

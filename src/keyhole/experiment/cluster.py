@@ -1,8 +1,9 @@
 """A Ray cluster: groups of trials, and clients of a round, as tasks on its nodes.
 
-Every node reads its own images and runs its own copy of Keyhole; what differs from the main process is refused. The
-main process alone writes the output folder. A task whose worker or node was killed runs again; as it gives the same
-result, nobody can tell.
+Every node reads its own images and runs its own copy of Keyhole. A node with other versions of Keyhole or its packages
+than the main process, or in an audit with other images or weights, is refused; code of a user's own model is not
+compared. The main process alone writes the output folder. A task whose worker or node was killed runs again; as it
+gives the same result, nobody can tell.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import importlib
 import os
 import re
 import socket
+import subprocess
+import sys
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
@@ -39,6 +42,9 @@ from keyhole.solve.threads import one_thread
 RETRIES = 3
 """How often a task whose worker was killed runs again."""
 
+PATIENCE = 60.0
+"""Seconds for a cluster to answer."""
+
 AHEAD = 2
 """Tasks that are given to the cluster at a time, for each of its CPUs."""
 
@@ -50,8 +56,8 @@ def cluster(address: str) -> Iterator[Workers]:
     """Workers on a Ray cluster.
 
     Args:
-        address: ``auto`` for the cluster that this machine is a node of, ``host:port`` for one by the address of its
-            head, or ``local`` for a private one on this machine, which ends with the context.
+        address: ``auto`` for the cluster that ``RAY_ADDRESS`` names or this machine is a node of, ``host:port`` for one
+            by the address of its head, or ``local`` for a private one on this machine, which ends with the context.
     """
     ray = _connected(address)
     try:
@@ -64,8 +70,10 @@ def cluster(address: str) -> Iterator[Workers]:
 
 
 def _connected(address: str) -> Any:
+    if address == "auto":
+        address = os.environ.get("RAY_ADDRESS") or address
     if address not in ("auto", "local") and not re.fullmatch(r"[\w.\-]+:\d+", address):
-        raise ConfigError(f"--ray is '{address}'; it must be auto, local or host:port.")
+        raise ConfigError(f"--ray (or RAY_ADDRESS) is '{address}'; it must be auto, local or host:port.")
     try:
         ray = importlib.import_module("ray")
     except ImportError as error:
@@ -75,10 +83,8 @@ def _connected(address: str) -> Any:
         os.environ.setdefault("RAY_usage_stats_enabled", "0")
         options = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
     try:
-        if ":" in address:
-            # Ray itself would try for minutes, and then end the whole process.
-            host, _, port = address.rpartition(":")
-            socket.create_connection((host, int(port)), timeout=10).close()
+        if address != "local":
+            _greet(address)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # advice to those who write Ray programs
             ray.init(address=address, log_to_driver=False, logging_level="ERROR", **options)
@@ -88,6 +94,24 @@ def _connected(address: str) -> Any:
             "'ray start --head', or use --ray local."
         ) from error
     return ray
+
+
+def _greet(address: str) -> None:
+    """Raises `OSError` where no cluster answers: Ray itself would try for ever, or end the whole process."""
+    where = []
+    if address != "auto":
+        where = ["--address", address]
+        host, _, port = address.rpartition(":")
+        socket.create_connection((host, int(port)), timeout=10).close()
+    # Somebody listens, perhaps something else than Ray. Asked by another process, which can be ended.
+    asking = [sys.executable, "-m", "ray.scripts.scripts", "status", *where]
+    try:
+        answer = subprocess.run(asking, capture_output=True, text=True, timeout=PATIENCE)
+    except subprocess.TimeoutExpired as error:
+        raise TimeoutError(f"no answer within {PATIENCE:g} seconds") from error
+    if answer.returncode:
+        said = [line.strip() for line in answer.stderr.splitlines() if line.strip()]
+        raise ConnectionError(said[-1].partition(": ")[2] if said else "it is not well")
 
 
 class _Tasks:
