@@ -82,14 +82,14 @@ def defended_training(
     key = round_key(seed, client, number)
     # In their order, as what a defense made of the images last time is kept in that order.
     images = digest({"inputs": inputs, "labels": labels})
-    before = context.state.config_records.get(_IMAGES, {})
+    before = context.state.config_records.get(_IMAGES, {"digest": ""})["digest"]
     weights = weights_of(model, inputs.dtype)
     ctx = Context(
         task,
         weights,
         fold_in(key, "defense"),
         round=number - 1,
-        again=before.get("digest") == images,
+        again=before == images,
         training=True,
         client=client,
         public=public,
