@@ -27,7 +27,8 @@ class UserDP(Defense):
     """The client's part of user-level DP: ``u min(1, C / (|u| + 1e-6))`` over all parameters.
 
     The noise that makes it differential privacy, of one client as the unit, is the server's: `server_noise`. It
-    protects clients from whoever sees the new weights, not from the server, which is the attacker of an audit.
+    protects clients from whoever sees the new weights, not from the server, which is the attacker of an audit. In a
+    training `keyhole train` adds it, in Flower `keyhole.fl.ServerNoise`.
 
     Args:
         clip: the norm C of the whole update, above 0.

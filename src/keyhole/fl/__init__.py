@@ -11,7 +11,8 @@ except ImportError as error:
     raise ConfigError("this needs Flower: pip install 'keyhole[flower]'.") from error
 
 from keyhole.fl.mods import DefenseMod
+from keyhole.fl.noise import ServerNoise
 from keyhole.fl.recorder import Recorder, record_batches
 from keyhole.fl.training import defended_training
 
-__all__ = ["DefenseMod", "Recorder", "defended_training", "record_batches"]
+__all__ = ["DefenseMod", "Recorder", "ServerNoise", "defended_training", "record_batches"]

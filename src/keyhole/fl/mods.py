@@ -18,6 +18,7 @@ from keyhole.core.keys import fold_in, new_key
 from keyhole.core.modes import norm_layers
 from keyhole.core.task import Bounds, Task, cross_entropy
 from keyhole.core.types import Key, Tensors, Weights
+from keyhole.defenses.user_dp import UserDP
 from keyhole.errors import ConfigError, KeyholeError, Refused
 from keyhole.fl.convert import keep_state, kept_state, model_record, parameter_names, to_record, to_tensors
 
@@ -61,6 +62,7 @@ class DefenseMod:
         self.names = frozenset(parameter_names(self.task.model))
         if not self.names:
             raise ConfigError("the model has no floating-point parameters to defend.")
+        tell_of_server(defense)
 
     def __call__(self, message: Message, context: FlowerContext, call_next: ClientAppCallable) -> Message:
         """Run the app, and defend what it returns."""
@@ -123,9 +125,21 @@ def client_number(context: FlowerContext) -> int:
 def round_key(seed: int | None, client: int, number: int) -> Key:
     """The randomness of one client in one round: from the operating system, or what follows from a seed."""
     if seed is None:
-        return torch.tensor([secrets.randbits(32), secrets.randbits(32)], dtype=torch.int64)
+        return fresh_key()
     _LOG.warning("A fixed seed: the server can draw the same randomness and undo the defense. Simulation only.")
     return fold_in(fold_in(new_key(seed), f"client {client}"), f"round {number}")
+
+
+def fresh_key() -> Key:
+    """64 bits from the operating system."""
+    return torch.tensor([secrets.randbits(32), secrets.randbits(32)], dtype=torch.int64)
+
+
+def tell_of_server(defense: Defense) -> None:
+    """Say in the log what a defense leaves to the server."""
+    links = defense.links if isinstance(defense, Chain) else (defense,)
+    if any(isinstance(link, UserDP) for link in links):
+        _LOG.warning("UserDP only clips here; the noise is the server's: it must use keyhole.fl.ServerNoise.")
 
 
 def _other_hook(defense: Defense) -> str | None:

@@ -14,7 +14,7 @@ from keyhole.core.task import Bounds, Task, weights_of
 from keyhole.core.types import Batch
 from keyhole.errors import ConfigError, check_range
 from keyhole.fl.convert import keep_state, kept_state
-from keyhole.fl.mods import client_number, round_key
+from keyhole.fl.mods import client_number, round_key, tell_of_server
 from keyhole.solve.files import digest
 
 _IMAGES = "keyhole.images"
@@ -75,20 +75,21 @@ def defended_training(
     task = defense.on_task(plain)
     if set(dict(task.model.named_parameters())) != set(dict(plain.model.named_parameters())):
         raise ConfigError(f"{type(defense).__name__} changes the model's parameters; the server has to have them too.")
+    tell_of_server(defense)
     state, rounds = kept_state(context)
     client = client_number(context)
     number = rounds + 1 if round is None else round
     key = round_key(seed, client, number)
     # In their order, as what a defense made of the images last time is kept in that order.
     images = digest({"inputs": inputs, "labels": labels})
-    before = context.state.config_records.get(_IMAGES, {})
+    before = context.state.config_records.get(_IMAGES, {"digest": ""})["digest"]
     weights = weights_of(model, inputs.dtype)
     ctx = Context(
         task,
         weights,
         fold_in(key, "defense"),
         round=number - 1,
-        again=before.get("digest") == images,
+        again=before == images,
         training=True,
         client=client,
         public=public,
