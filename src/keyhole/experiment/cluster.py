@@ -2,13 +2,8 @@
 
 Every node reads its own images and runs its own copy of Keyhole. A node with other versions of Keyhole or its packages
 than the main process, or in an audit with other images or weights, is refused; code of a user's own model is not
-<<<<<<< HEAD
-compared. The main process alone writes the output folder. A task whose worker or node was killed runs again; as it gives the same
-result, nobody can tell.
-=======
 compared. The main process alone writes the output folder. A task whose worker or node was killed runs again; as it
 gives the same result, nobody can tell.
->>>>>>> fix5
 """
 
 from __future__ import annotations
@@ -61,13 +56,8 @@ def cluster(address: str) -> Iterator[Workers]:
     """Workers on a Ray cluster.
 
     Args:
-<<<<<<< HEAD
-        address: ``auto`` for the cluster that ``RAY_ADDRESS`` names or this machine is a node of, ``host:port`` for one by the address of its
-            head, or ``local`` for a private one on this machine, which ends with the context.
-=======
         address: ``auto`` for the cluster that ``RAY_ADDRESS`` names or this machine is a node of, ``host:port`` for one
             by the address of its head, or ``local`` for a private one on this machine, which ends with the context.
->>>>>>> fix5
     """
     ray = _connected(address)
     try:
