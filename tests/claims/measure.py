@@ -109,7 +109,8 @@ def number(cell: Any) -> tuple[float, list[float] | None]:
     """A cell of a report as a number with its interval."""
     if not isinstance(cell, dict):
         return float(cell), None
-    return (cell["median"] if "median" in cell else cell["value"]), [cell["low"], cell["high"]]
+    value = cell["median"] if "median" in cell else cell["value"]
+    return value, None if cell["low"] is None else [cell["low"], cell["high"]]
 
 
 def points_of(verb: str, source: str, folder: Path | None) -> list[dict[str, Any]]:
