@@ -170,7 +170,7 @@ def test_pause_keeps_a_checkpoint_and_goes_on(whole: Path, tmp_path: Path, monke
         looks[0] += 1
         return looks[0] % 9 == 0
 
-    monkeypatch.setattr("keyhole.experiment.work._passed", ninth)
+    monkeypatch.setattr("keyhole.experiment.work.passed", ninth)
     experiment, rounds = load_experiment("quick", SMALL), 1
     while not audit(experiment, tmp_path, jobs=1):
         rounds += 1
