@@ -23,6 +23,7 @@ from keyhole.report.inversion import (
     difference,
     floor,
     joined,
+    lift,
     matched,
     note,
     table,
@@ -56,7 +57,8 @@ def scores(right: float, diversity: float = 1.0) -> Scores:
 def row(right: float | None, **changes: Any) -> Row:
     """An attack's row; `None` is one that failed."""
     given: dict[str, Any] = {
-        "defense": 0, "seed": 0, "round": 9, "attack": spec(0), "attacker": ATTACK, "accuracy": 0.9, "images": 4,
+        "defense": 0, "seed": 0, "round": 9, "attack": spec(0), "attacker": ATTACK, "accuracy": 0.9,
+        "images": 0 if right is None else 4,
         "scores": None if right is None else scores(right, changes.pop("diversity", 1.0)),
         "detail": "it <broke>" if right is None else "",
     }  # fmt: skip
@@ -90,6 +92,34 @@ def test_networks_that_agree_prove_no_more_than_their_images() -> None:
     z = stats.norm.ppf(0.975)
     assert cell.attack_accuracy.low == 0.0
     assert cell.attack_accuracy.high == pytest.approx(z**2 / (20 + z**2))
+
+
+def test_a_network_that_failed_does_not_take_the_others_along() -> None:
+    cell = one(found(row(None), row(0.5, seed=1), row(0.5, seed=2)))
+    z = stats.norm.ppf(0.975)
+    half = z / (1 + z**2 / 8) * math.sqrt(0.25 / 8 + z**2 / (4 * 64))  # Wilson's of 4 of 8 images
+    assert (cell.attack_accuracy.low, cell.attack_accuracy.high) == pytest.approx((0.5 - half, 0.5 + half))
+    assert cell.failed == "it <broke>" and set(cell.by_seed) == {1, 2}
+
+
+def test_held_out_images_count_once_however_many_networks_there_are() -> None:
+    ceiling = {"attacker": "control:private_images"}
+    cell = one(found(*(row(1.0, seed=seed, **ceiling) for seed in range(5))))
+    z = stats.norm.ppf(0.975)
+    assert cell.attack_accuracy.low == pytest.approx(4 / (4 + z**2))
+
+
+def test_lift_is_over_the_best_control_network_by_network() -> None:
+    rows = [row(value, seed=seed) for seed, value in enumerate([0.5, 0.75])]
+    rows += [row(0.25, seed=seed, attacker="control:untrained") for seed in range(2)]
+    rows += [row(0.25, seed=seed, attacker="control:random_labels") for seed in range(2)]
+    made = cells(found(*rows))
+    attack = next(c for c in made if c.attacker == ATTACK)
+    best = floor(made, attack)
+    assert best is not None and best.attacker == "control:untrained"  # of equals
+    half = 0.125 * stats.t.ppf(0.975, 1)  # differences .25 and .5
+    above = lift(made, attack)
+    assert (above.value, above.low, above.high) == pytest.approx((0.375, 0.375 - half, 0.375 + half))
 
 
 def test_networks_are_what_an_interval_is_over() -> None:

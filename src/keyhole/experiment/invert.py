@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,11 +45,15 @@ from keyhole.zoo.models import build_model, load_state
 
 ATTACK = "attack"
 """The attacker that is no control."""
+CEILING = "control:private_images"
 CONTROLS = ("control:untrained", "control:random_labels", "control:prior_samples", "control:other_round",
-            "control:private_images")  # fmt: skip
+            CEILING)  # fmt: skip
 """What an attack is held against: the same attack on a network that learned nothing; the images taken for another
 private class; what the generator makes of noise; what the same attack makes of another round's network, shown to this
 round's; and, as a ceiling rather than a floor, private images that were held out."""
+
+INVERSION_VERSION = 1
+"""Raise it when the same settings, network and public images would give other images."""
 
 FOLDER = "inversions"
 UNTRAINED = "untrained"
@@ -156,6 +160,18 @@ def public_images(plan: TrainingPlan, shape: tuple[int, ...]) -> list[Pool]:
     return pools
 
 
+class _Cell(NamedTuple):
+    """One network under one attack."""
+
+    target: Target
+    seed: int
+    file: Path
+    what: str
+    """For the progress bar."""
+    identity: str
+    """Names what its images were made from, beyond the settings."""
+
+
 class _Study:
     """The cells of a plan. `attack` reads networks and public images; only `judged` reads private ones."""
 
@@ -236,61 +252,93 @@ class _Study:
 
     def attack(self) -> None:
         """Make the images of every cell that has none."""
-        for index, seed, spec in self.cells():
+        for spec in self.inverting.attacks:
             method: Inversion = INVERSIONS.build(spec.name, **spec.asdict())
             key = fold_in(fold_in(new_key(self.inverting.settings.seed), "inversion"), spec.name)
-            rounds: list[int | str] = list(self.inverting.rounds)
-            if self.inverting.settings.controls:
-                rounds.append(UNTRAINED)
-            targets = {
-                number: self.target(index, seed, number) if isinstance(number, int) else self.untrained(index, seed)
-                for number in rounds
-            }
-            files = {number: self.file(index, seed, number, spec) for number in rounds}
-            missing = [number for number in rounds if not _made(files[number], targets[number])]
-            before = None
-            for number in rounds:
-                if number not in missing and not (method.per_target and missing):
-                    continue
-                untrained = number == UNTRAINED
-                at = UNTRAINED if untrained else f"round {number}"
-                what = f"{spec.name} on {_name(self.plan, index)}, seed {seed}, {at}"
-                # What it trains for this target may go on from the round before; an untrained network has none.
-                before = self._cell(
-                    method, targets[number], key, files[number], what, seed, None if untrained else before,
-                    make=number in missing,
-                )  # fmt: skip
+            for index in range(len(self.plan.defenses)):
+                if method.per_target:
+                    for seed in self.plan.run.seeds:
+                        self._chain(method, spec, key, index, seed)
+                else:
+                    self._side_by_side(method, spec, key, index)
 
-    def _cell(
-        self, method: Inversion, target: Target, key: Key, path: Path, what: str, seed: int, before: Any, *, make: bool
-    ) -> Any:  # fmt: skip
-        """One cell; returns what the attack prepared, or what it was given where that failed for this network alone."""
+    def _rounds(self) -> list[int | str]:
+        return [*self.inverting.rounds, *([UNTRAINED] if self.inverting.settings.controls else [])]
 
-        def preparing(stage: str, fraction: float) -> None:
-            self.told(f"{stage} ({what})" if method.per_target else stage, fraction)
+    def _target_of(self, index: int, seed: int, number: int | str) -> Target:
+        return self.target(index, seed, number) if isinstance(number, int) else self.untrained(index, seed)
 
-        place = Place(told=preparing)
-        try:
-            prior = method.prepare(target, self.public, fold_in(key, "prior"), place, before)
-        except ModelError as error:
-            if not method.per_target:
-                raise
-            _failed(path, target, error)
-            return before
-        if not make:
-            return prior
+    def _cell(self, spec: Spec, index: int, seed: int, number: int | str) -> _Cell:
+        target = self._target_of(index, seed, number)
+        # Whatever could change the images and is not in the folder's config.toml.
+        known = digest(target.weights.params, target.weights.buffers, {"public": self.public})
+        at = number if isinstance(number, str) else f"round {number}"
+        what = f"{spec.name} on {_name(self.plan, index)}, seed {seed}, {at}"
+        identity = f"{INVERSION_VERSION}.{spec.version}.{known}"
+        return _Cell(target, seed, self.file(index, seed, number, spec), what, identity)
+
+    def _side_by_side(self, method: Inversion, spec: Spec, key: Key, index: int) -> None:
+        """Networks of all seeds, which one prior serves; several at once where that is no slower."""
+        size = 1 if self.device.type == "cpu" else len(self.plan.run.seeds)
+        for number in self._rounds():
+            cells = [self._cell(spec, index, seed, number) for seed in self.plan.run.seeds]
+            missing = [cell for cell in cells if not _made(cell)]
+            for begin in range(0, len(missing), size):
+                part = missing[begin : begin + size]
+                place = Place(told=self.told)
+                prior = method.prepare(part[0].target, self.public, fold_in(key, "prior"), place, None)
+                self._make(method, key, prior, part)
+
+    def _chain(self, method: Inversion, spec: Spec, key: Key, index: int, seed: int) -> None:
+        """The rounds of one federation, each with a prior of its own, which may go on from that of the round before."""
+        cells = {number: self._cell(spec, index, seed, number) for number in self._rounds()}
+        missing = [number for number, cell in cells.items() if not _made(cell)]
+        attacked = [number for number in missing if isinstance(number, int)]
+        before = None
+        for number, cell in cells.items():
+            untrained = number == UNTRAINED
+            # What goes on from a prior that is made again is made again.
+            make = number in missing or (not untrained and bool(attacked) and int(number) > attacked[0])
+            if not make and not (attacked and not untrained):
+                continue
+
+            def preparing(stage: str, fraction: float, what: str = cell.what) -> None:
+                self.told(f"{stage} ({what})", fraction)
+
+            own = fold_in(fold_in(fold_in(key, "prior"), seed), number)
+            try:
+                # An untrained network has no round before it.
+                prior = method.prepare(
+                    cell.target, self.public, own, Place(told=preparing), None if untrained else before
+                )
+            except ModelError as error:
+                _failed(cell, error)
+                continue
+            before = before if untrained else prior
+            if make:
+                self._make(method, key, prior, [cell])
+
+    def _make(self, method: Inversion, key: Key, prior: Any, cells: list[_Cell]) -> None:
+        """Invert networks and write what came out."""
+        samples = self.inverting.settings.samples
+        what = cells[0].what if len(cells) == 1 else f"{cells[0].what} and {len(cells) - 1} more"
+        searches = [fold_in(fold_in(key, "searches"), cell.seed) for cell in cells]
         try:
             found = invert(
-                method, target.task, [target.weights], prior, self.public, self.inverting.settings.samples,
-                [fold_in(fold_in(key, "searches"), seed)], told=lambda fraction: self.told(what, fraction),
-            )[0]  # fmt: skip
+                method, cells[0].target.task, [cell.target.weights for cell in cells], prior, self.public, samples,
+                searches, told=lambda fraction: self.told(what, fraction), at_once=len(cells),
+            )  # fmt: skip
         except KeyholeError as error:
-            _failed(path, target, error)
-            return prior
-        own = fold_in(key, seed).to(self.device)
-        samples = _prior_samples(prior, target.classes, self.inverting.settings.samples, own)
-        _write(path, {"images": found.images, "prior_samples": samples}, _account(found, target, prior))
-        return prior
+            if len(cells) == 1:
+                _failed(cells[0], error)
+                return
+            for cell in cells:  # one of them does not fail the others
+                self._make(method, key, prior, [cell])
+            return
+        for cell, one in zip(cells, found, strict=True):
+            own = fold_in(key, cell.seed).to(self.device)
+            by_itself = _prior_samples(prior, cell.target.classes, samples, own)
+            _write(cell.file, {"images": one.images, "prior_samples": by_itself}, _account(one, cell, prior))
 
     # Scores
 
@@ -307,7 +355,13 @@ class _Study:
         pictures: dict[tuple[int, int, int, Spec, str], Tensor] = {}
         # As many as of an attack, since a Frechet distance depends on how many there are.
         held = _by_class(*self._held_out(), self.problem.data.num_classes, self.inverting.settings.samples)
-        ceiling = None if held is None else score(evaluator, held)
+        ceiling, short = None, ""
+        if held is None:
+            short = "a class has no held-out image; raise data.test"
+        else:
+            ceiling = score(evaluator, held)
+            if held.shape[1] < self.inverting.settings.samples:  # on fewer components than the other rows
+                ceiling = replace(ceiling, fid=math.nan)
         for index, seed, spec in self.cells():
             own: list[Row] = []
             for number in self.inverting.rounds:
@@ -329,9 +383,8 @@ class _Study:
                     }
                     pictures[index, seed, number, spec, "control:prior_samples"] = tensors["prior_samples"]
                     own += [replace(base, attacker=n, scores=s) for n, s in named.items()]
-                    if held is not None:
-                        shown = held.shape[0] * held.shape[1]
-                        own.append(replace(base, attacker="control:private_images", scores=ceiling, images=shown))
+                    shown = 0 if held is None else held.shape[0] * held.shape[1]
+                    own.append(replace(base, attacker=CEILING, scores=ceiling, images=shown, detail=short))
             rows += own
             if self.inverting.settings.controls:
                 attacked = {row.round: row for row in own if row.attacker == ATTACK}
@@ -460,15 +513,10 @@ def _taken(target: Target, images: Tensor) -> float:
     return float((guesses == labels).double().mean())
 
 
-def _digest(target: Target) -> str:
-    """Names the attacked network."""
-    return digest(target.weights.params, target.weights.buffers)
-
-
-def _account(found: Inverted, target: Target, prior: Any) -> dict[str, Any]:
+def _account(found: Inverted, cell: _Cell, prior: Any) -> dict[str, Any]:
     return {
-        "target": _digest(target),
-        "target_accuracy": _taken(target, found.images),
+        "identity": cell.identity,
+        "target_accuracy": _taken(cell.target, found.images),
         "seconds": found.seconds,
         "prior_seconds": float(prior.facts.seconds),
         "searches": found.searches,
@@ -510,19 +558,19 @@ def _write(path: Path, tensors: dict[str, Tensor], account: dict[str, Any]) -> N
         raise StoreError(f"cannot write to the output folder '{path.parent}': {error.strerror}.") from error
 
 
-def _failed(path: Path, target: Target, error: KeyholeError) -> None:
-    _write(path, {"failed": torch.zeros(1)}, {"detail": str(error), "target": _digest(target)})
+def _failed(cell: _Cell, error: KeyholeError) -> None:
+    _write(cell.file, {"failed": torch.zeros(1)}, {"detail": str(error), "identity": cell.identity})
 
 
-def _made(path: Path, target: Target) -> bool:
-    """Whether a cell is done; a damaged file, or one of another network's images, is made again."""
-    if not path.exists():
+def _made(cell: _Cell) -> bool:
+    """Whether a cell is done; a damaged file, or one made of another network or public images, is made again."""
+    if not cell.file.exists():
         return False
     try:
-        _, account = _read(path)
+        _, account = _read(cell.file)
     except StoreError:
         return False
-    return bool(account.get("target") == _digest(target))
+    return bool(account.get("identity") == cell.identity)
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

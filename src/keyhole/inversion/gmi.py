@@ -108,7 +108,8 @@ class GMI(Inversion):
         latent = prior.generator.latent
         if self.initial == 1:
             return {Z: normal(key, (self.together, target.classes, latent))}
-        drawn = normal(key, (self.initial, latent))
+        # Ranked as they will be after the first step: what lies outside the box would change.
+        drawn = normal(key, (self.initial, latent)).clamp(-1.0, 1.0)
         confidence = torch.softmax(target.logits(prior.generator(drawn)), -1)
         return {Z: drawn[confidence.topk(self.together, dim=0).indices]}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -107,12 +107,20 @@ class KEDMI(Inversion):
 
     def prepare(self, target: Target, public: Tensor, key: Key, place: Place, before: Any = None) -> GAN:
         """The GAN of public images as this target labels them."""
-        begin = before if self.warm else None
+        begin: GAN | None = before if self.warm else None
         known = digest(target.weights.params, target.weights.buffers)
-        return train_soft_label_gan(
+        trained = train_soft_label_gan(
             public, target.logits, known, target.classes, self._gan(begin is not None), key, begin=begin,
             folder=place.folder, told=place.told,
         )  # fmt: skip
+        if begin is None:
+            return trained
+        whole = replace(
+            trained.facts,
+            steps=trained.facts.steps + begin.facts.steps,
+            seconds=trained.facts.seconds + begin.facts.seconds,
+        )
+        return replace(trained, facts=whole)
 
     def infer(self, target: Target, prior: GAN, public: Tensor) -> Tensors:
         """The target's features of public images, where the identity loss wants them."""

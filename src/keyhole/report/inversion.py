@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +96,11 @@ def cells(found: Inversions) -> list[Cell]:
                 by_seed={row.seed: row.scores.accuracy for row in scored if row.scores},
                 right_by_seed={row.seed: row.accuracy for row in scored},
                 diversity_by_seed={row.seed: row.scores.diversity for row in scored if row.scores},
-                attack_accuracy=over_networks([row.scores.accuracy for row in scored if row.scores], rows[0].images),
+                attack_accuracy=over_networks(
+                    [row.scores.accuracy for row in scored if row.scores],
+                    # The same held-out images stand behind every network's row.
+                    _counted(scored) // (len(scored) if attacker == CEILING and scored else 1),
+                ),
                 top5=_mean(scored, lambda row: row.scores.accuracy_top5 if row.scores else math.nan),
                 knn_distance=_mean(scored, lambda row: row.scores.knn_distance if row.scores else math.nan),
                 feature_distance=_mean(scored, lambda row: row.scores.feature_distance if row.scores else math.nan),
@@ -114,6 +118,11 @@ def cells(found: Inversions) -> list[Cell]:
     return sorted(made, key=lambda c: first.get((c.defense, c.attack, c.round), len(made)))
 
 
+def _counted(scored: Sequence[Row]) -> int:
+    """Images of one attack or control, over all networks."""
+    return sum(row.images for row in scored)
+
+
 def over_networks(values: Sequence[float], images: int) -> Estimate:
     """The mean share over networks with the wider of its Student interval and the Wilson interval of all images.
 
@@ -122,16 +131,14 @@ def over_networks(values: Sequence[float], images: int) -> Estimate:
 
     Args:
         values: the share of each network.
-        images: of each network.
+        images: different ones, of all networks together.
     """
     if not values:
         return Estimate()
     found = over_seeds(values)
     if len(values) < 2:
         return found
-    low, high = max(
-        (found.low, found.high), wilson(found.value, images * len(values)), key=lambda pair: pair[1] - pair[0]
-    )
+    low, high = max((found.low, found.high), wilson(found.value, images), key=lambda pair: pair[1] - pair[0])
     return Estimate(found.value, low, high)
 
 
@@ -162,8 +169,11 @@ def table(found: Sequence[Cell]) -> list[Line]:
 def overview(found: Sequence[Cell]) -> list[Line]:
     """A row for each attack, beside the best of the controls that know nothing of the network."""
     lines: list[Line] = [
-        ("defense", "attack", "round", "test accuracy", "recognised (95 %)", "best control", "diversity", "networks")
-    ]
+        (
+            "defense", "attack", "round", "test accuracy", "recognised (95 %)", "best control", "above it",
+            "diversity", "networks",
+        )
+    ]  # fmt: skip
     for c in found:
         if not c.is_attack:
             continue
@@ -171,8 +181,8 @@ def overview(found: Sequence[Cell]) -> list[Line]:
         lines.append(
             (
                 c.defense, c.attack, str(c.round), share(c.accuracy), c.failed or accuracy_in_words(c.attack_accuracy),
-                NOTHING if control is None else share(control.attack_accuracy.value), fixed(c.diversity, 2),
-                str(len(c.by_seed)),
+                NOTHING if control is None else share(control.attack_accuracy.value), points(lift(found, c)),
+                fixed(c.diversity, 2), str(len(c.by_seed)),
             )
         )  # fmt: skip
     return lines
@@ -185,7 +195,21 @@ def floor(found: Sequence[Cell], attack: Cell) -> Cell | None:
         if (c.defense, c.attack, c.round) == (attack.defense, attack.attack, attack.round)
         and c.attacker in FLOORS and c.by_seed
     ]  # fmt: skip
-    return max(own, key=lambda c: c.attack_accuracy.value, default=None)
+    # Of equals the first: the untrained network says most.
+    return max(sorted(own, key=lambda c: FLOORS.index(c.attacker)), key=lambda c: c.attack_accuracy.value, default=None)
+
+
+def _above(found: Sequence[Cell], attack: Cell) -> float:
+    above = lift(found, attack).value
+    return attack.attack_accuracy.value if math.isnan(above) else above
+
+
+def lift(found: Sequence[Cell], attack: Cell) -> Estimate:
+    """How far an attack is above its best control, network by network."""
+    control = floor(found, attack)
+    if control is None:
+        return Estimate()
+    return difference([value - control.by_seed[s] for s, value in attack.by_seed.items() if s in control.by_seed])
 
 
 def verdict(found: Sequence[Cell]) -> str:
@@ -196,7 +220,7 @@ def verdict(found: Sequence[Cell]) -> str:
     said = []
     for defense in dict.fromkeys(c.defense for c in attacks):
         own = [c for c in attacks if c.defense == defense]
-        worst = max(own, key=lambda c: c.attack_accuracy.value)
+        worst = max(own, key=lambda c: _above(found, c))
         control = floor(found, worst)
         under = "Without a defense" if defense == "none" else f"Under {defense}"
         against = (
@@ -275,13 +299,14 @@ def difference(values: Sequence[float]) -> Estimate:
     """The mean of paired differences with its 95 % Student interval over networks."""
     from scipy import stats
 
-    if any(math.isnan(value) for value in values):
+    if not values or any(math.isnan(value) for value in values):
         return Estimate()
     mean = math.fsum(values) / len(values)
     if len(values) < 2:
         return Estimate(mean)
     half = float(stats.sem(values) * stats.t.ppf(0.975, len(values) - 1))
-    return Estimate(mean, mean - half, mean + half)
+    # Networks that all differ by the same, as where both are saturated, do not prove that all networks do.
+    return Estimate(mean, mean - half, mean + half) if half > 0 else Estimate(mean)
 
 
 def as_dict(found: Inversions, lines: Sequence[Cell], both: Sequence[Line]) -> dict[str, Any]:
@@ -307,6 +332,7 @@ def as_dict(found: Inversions, lines: Sequence[Cell], both: Sequence[Line]) -> d
             "feature_distance": c.feature_distance,
             "fid": c.fid,
             "diversity": c.diversity,
+            "lift": asdict(lift(lines, c)) if c.is_attack else None,
             "accuracy": c.accuracy,
             "target_accuracy": c.target_accuracy,
             "seconds": c.seconds,
@@ -465,6 +491,7 @@ def _html(found: Inversions, lines: Sequence[Cell], both: Sequence[Line]) -> str
         verdict=verdict(lines),
         assumptions=assumptions(found),
         note=note(found),
+        overview=overview(lines),
         table=table(lines),
         compared=compared(lines),
         matched=matched(lines),
