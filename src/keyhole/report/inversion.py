@@ -209,7 +209,9 @@ def lift(found: Sequence[Cell], attack: Cell) -> Estimate:
     control = floor(found, attack)
     if control is None:
         return Estimate()
-    return difference([value - control.by_seed[s] for s, value in attack.by_seed.items() if s in control.by_seed])
+    found = difference([value - control.by_seed[s] for s, value in attack.by_seed.items() if s in control.by_seed])
+    # In this order a missing bound stays missing.
+    return Estimate(found.value, max(found.low, -1.0), min(found.high, 1.0))
 
 
 def verdict(found: Sequence[Cell]) -> str:
