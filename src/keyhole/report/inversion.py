@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from keyhole.core.registry import INVERSIONS
 from keyhole.core.trial import Spec
 from keyhole.experiment.audit import versions
 from keyhole.experiment.invert import ATTACK, Inversions, Row
@@ -79,7 +80,7 @@ class Cell:
 
 def cells(found: Inversions) -> list[Cell]:
     """All of them, in the order of the plan, controls behind their attack."""
-    names = spec_names([spec for spec in (found.plan.invert.attacks if found.plan.invert else ())])
+    names = spec_names(found.plan.invert.attacks if found.plan.invert else (), INVERSIONS)
     grouped: dict[tuple[int, Spec, int, str], list[Row]] = {}
     for row in found.rows:
         grouped.setdefault((row.defense, row.attack, row.round, row.attacker), []).append(row)
@@ -209,9 +210,9 @@ def lift(found: Sequence[Cell], attack: Cell) -> Estimate:
     control = floor(found, attack)
     if control is None:
         return Estimate()
-    found = difference([value - control.by_seed[s] for s, value in attack.by_seed.items() if s in control.by_seed])
+    above = difference([value - control.by_seed[s] for s, value in attack.by_seed.items() if s in control.by_seed])
     # In this order a missing bound stays missing.
-    return Estimate(found.value, max(found.low, -1.0), min(found.high, 1.0))
+    return Estimate(above.value, max(above.low, -1.0), min(above.high, 1.0))
 
 
 def verdict(found: Sequence[Cell]) -> str:
@@ -523,7 +524,7 @@ def _grids(found: Inversions) -> list[dict[str, Any]]:
 
     if found.plan.invert is None or not found.plan.invert.settings.images:
         return []
-    names = spec_names(found.plan.invert.attacks)
+    names = spec_names(found.plan.invert.attacks, INVERSIONS)
     seed = found.plan.run.seeds[0]
     groups = []
     for index, specs in enumerate(found.plan.defenses):

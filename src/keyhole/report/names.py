@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from keyhole.core.registry import DEFENSES
+from keyhole.core.registry import DEFENSES, Registry
 from keyhole.core.trial import Spec, Trial
 
 
@@ -67,11 +67,18 @@ def attack_names(trials: Iterable[tuple[str, Trial]]) -> dict[Spec, str]:
     return {t.attack: named(t.attack, shown.get(t.attack.name, ())) for _, t in trials}
 
 
-def spec_names(specs: Sequence[Spec]) -> dict[Spec, str]:
-    """Methods as text: the name, and options only where those of one name differ."""
+def spec_names(specs: Sequence[Spec], registry: Registry) -> dict[Spec, str]:
+    """Methods of a registry as text: the name, and of options in which those of one name differ what is not default."""
     rivals: dict[str, list[Spec]] = defaultdict(list)
     for spec in specs:
         rivals[spec.name].append(spec)
+    short = {}
+    for spec in specs:
+        defaults = {name: p.default for name, p in registry.card(spec.name).signature().parameters.items()}
+        given = spec.asdict()
+        short[spec] = named(spec, [name for name in _varying(rivals[spec.name]) if given.get(name) != defaults[name]])
+    if len(set(short.values())) == len(set(specs)):
+        return short
     return {spec: named(spec, _varying(rivals[spec.name])) for spec in specs}
 
 
