@@ -159,12 +159,17 @@ def table(found: Sequence[Cell]) -> list[Line]:
         lines.append(
             (
                 c.defense, c.attack, c.attacker, str(c.round), share(c.accuracy),
-                c.failed or accuracy_in_words(c.attack_accuracy), share(c.top5), number(c.knn_distance),
+                _recognised(c), share(c.top5), number(c.knn_distance),
                 number(c.feature_distance), number(c.fid), fixed(c.diversity, 2), share(c.target_accuracy),
                 str(len(c.by_seed)), number(c.seconds),
             )
         )  # fmt: skip
     return lines
+
+
+def _recognised(cell: Cell) -> str:
+    """The share, or why there is none."""
+    return accuracy_in_words(cell.attack_accuracy) if cell.by_seed else cell.failed
 
 
 def overview(found: Sequence[Cell]) -> list[Line]:
@@ -181,7 +186,7 @@ def overview(found: Sequence[Cell]) -> list[Line]:
         control = floor(found, c)
         lines.append(
             (
-                c.defense, c.attack, str(c.round), share(c.accuracy), c.failed or accuracy_in_words(c.attack_accuracy),
+                c.defense, c.attack, str(c.round), share(c.accuracy), _recognised(c),
                 NOTHING if control is None else share(control.attack_accuracy.value), points(lift(found, c)),
                 fixed(c.diversity, 2), str(len(c.by_seed)),
             )
@@ -235,6 +240,10 @@ def verdict(found: Sequence[Cell]) -> str:
             f"global network of round {worst.round} (test accuracy {percent(worst.accuracy)} %) are recognised as the "
             f"private class they were made to show{against}."
         )
+    broken = [c for c in attacks if c.failed]
+    if broken:
+        names = ", ".join(dict.fromkeys(c.attack for c in broken))
+        said.append(f"On some networks {names} failed ({broken[0].failed.rstrip('.')}); shares are of the others.")
     networks = min(len(c.by_seed) for c in attacks)
     if networks < NETWORKS and len(attacks) > 1:
         said.append(
