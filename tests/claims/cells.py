@@ -138,7 +138,7 @@ def keep_accuracy(figures: dict[str, Any]) -> None:
     ACCURACY.write_text(json.dumps(dict(sorted(kept.items())), indent=1) + "\n")
 
 
-FRONTIER_NAMES = ("frontier_mnist",)
+FRONTIER_NAMES = ("frontier", "frontier_mnist")
 INVERSION_NAMES = ("fedinverse_digits", "fedinverse_mnist", "fedinverse_mnist_defenses", "fedinverse_mnist_ked",
                    "fedinverse_faces")  # fmt: skip
 
