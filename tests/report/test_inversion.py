@@ -11,6 +11,7 @@ import pytest
 import torch
 from scipy import stats
 
+from keyhole.core.registry import INVERSIONS
 from keyhole.core.trial import Spec
 from keyhole.experiment.invert import ATTACK, Inversions, Row
 from keyhole.experiment.training_plan import parse_training
@@ -30,6 +31,7 @@ from keyhole.report.inversion import (
     verdict,
     write_inversions,
 )
+from keyhole.report.names import spec_names
 from keyhole.report.text import NOTHING
 
 PLAN: dict[str, Any] = {
@@ -92,6 +94,18 @@ def test_networks_that_agree_prove_no_more_than_their_images() -> None:
     z = stats.norm.ppf(0.975)
     assert cell.attack_accuracy.low == 0.0
     assert cell.attack_accuracy.high == pytest.approx(z**2 / (20 + z**2))
+
+
+def test_attacks_of_one_name_are_told_apart_by_what_is_not_default() -> None:
+    def made(**options: Any) -> Spec:
+        whole = {name: p.default for name, p in INVERSIONS.card("gmi").signature().parameters.items()}
+        return Spec.of("gmi", {**whole, **options}, 1)
+
+    plain, strong, vmi = made(), made(final=2, identity="logit"), Spec.of("ked_mi", {"steps": 7}, 1)
+    names = spec_names([plain, strong, vmi], INVERSIONS)
+    assert [names[s] for s in (plain, strong, vmi)] == ["gmi", "gmi(final=2, identity=logit)", "ked_mi"]
+    same = made(steps=9), made(steps=9, lr=0.5)
+    assert [*spec_names(same, INVERSIONS).values()] == ["gmi", "gmi(lr=0.5)"]
 
 
 def test_a_network_that_failed_does_not_take_the_others_along() -> None:

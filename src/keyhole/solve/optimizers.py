@@ -95,16 +95,11 @@ class FirstOrderState(NamedTuple):
     stuck: Tensor
 
 
-@dataclass(frozen=True)
-class SGD:
-    """Gradient descent with momentum: v <- m v + g; x <- x - lr v."""
-
-    lr: float
-    momentum: float = 0.0
-    schedule: Schedule = field(default_factory=Constant)
+class _FirstOrder:
+    """What optimizers with a `FirstOrderState` share: all but the step."""
 
     def init(self, x: Tensor) -> FirstOrderState:
-        """Zero momentum."""
+        """Zero moments."""
         return _first_order(x)
 
     def restart(self, state: FirstOrderState, x: Tensor) -> FirstOrderState:
@@ -114,6 +109,15 @@ class SGD:
     def propose(self, state: FirstOrderState) -> Tensor:
         """The current point."""
         return state.x
+
+
+@dataclass(frozen=True)
+class SGD(_FirstOrder):
+    """Gradient descent with momentum: v <- m v + g; x <- x - lr v."""
+
+    lr: float
+    momentum: float = 0.0
+    schedule: Schedule = field(default_factory=Constant)
 
     def update(
         self, state: FirstOrderState, value: Tensor, gradient: Tensor, tick: int, project: Project
@@ -127,7 +131,7 @@ class SGD:
 
 
 @dataclass(frozen=True)
-class Nesterov:
+class Nesterov(_FirstOrder):
     """Nesterov's momentum in terms of the looked-ahead point: v' <- m v - lr g; x <- x - m v + (1 + m) v'; project.
 
     Sutskever et al. 2013 with a change of variables; the update of GMI's released code (Zhang et al. 2020, arXiv
@@ -136,18 +140,6 @@ class Nesterov:
 
     lr: float
     momentum: float = 0.9
-
-    def init(self, x: Tensor) -> FirstOrderState:
-        """Zero velocity."""
-        return _first_order(x)
-
-    def restart(self, state: FirstOrderState, x: Tensor) -> FirstOrderState:
-        """The same as a new start."""
-        return _first_order(x)
-
-    def propose(self, state: FirstOrderState) -> Tensor:
-        """The current point."""
-        return state.x
 
     def update(
         self, state: FirstOrderState, value: Tensor, gradient: Tensor, tick: int, project: Project
@@ -159,7 +151,7 @@ class Nesterov:
 
 
 @dataclass(frozen=True)
-class Adam:
+class Adam(_FirstOrder):
     """Adam (Kingma and Ba 2015, arXiv 1412.6980, algorithm 1)."""
 
     lr: float
@@ -167,18 +159,6 @@ class Adam:
     beta1: float = 0.9
     beta2: float = 0.999
     epsilon: float = 1e-8
-
-    def init(self, x: Tensor) -> FirstOrderState:
-        """Zero moments."""
-        return _first_order(x)
-
-    def restart(self, state: FirstOrderState, x: Tensor) -> FirstOrderState:
-        """The same as a new start."""
-        return _first_order(x)
-
-    def propose(self, state: FirstOrderState) -> Tensor:
-        """The current point."""
-        return state.x
 
     def update(
         self, state: FirstOrderState, value: Tensor, gradient: Tensor, tick: int, project: Project
