@@ -20,7 +20,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 import keyhole.experiment.spec  # noqa: F401  (fills the registries)
 from keyhole.core import registry
@@ -60,6 +60,8 @@ KINDS: dict[str, Registry] = {
     "data": registry.DATASETS,
 }
 PAUSED = 3
+NAME_WIDTH = 48
+"""Columns up to which the name at the head of a row is not broken."""
 Ray = Annotated[
     str | None, typer.Option("--ray", metavar="ADDRESS", help="Work on a Ray cluster: auto, host:port or local.")
 ]
@@ -136,6 +138,7 @@ def train_command(
     out_dir: Annotated[Path | None, typer.Option("--out", help="Output folder; by default trainings/TITLE.")] = None,
     overrides: Annotated[list[str] | None, typer.Option("--set", help="Override a key: federation.rounds=5.")] = None,
     backend: Annotated[str, typer.Option(help="What runs the clients: lifted (this process) or flower.")] = "lifted",
+    jobs: Annotated[int, typer.Option(min=0, help="Trainings at a time on a CPU; 0: one a core.")] = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     ray: Ray = None,
 ) -> None:
@@ -147,11 +150,15 @@ def train_command(
     if backend == "flower":
         if ray is not None:
             raise ConfigError("--backend flower starts its own Ray; leave out --ray, or the backend.")
+        if jobs:
+            raise ConfigError("--backend flower gives each client a core; leave out --jobs, or the backend.")
         run = _flower(device)
         done = _interruptible(lambda bars: run(plan, folder, told=bars.training))
     else:
-        with _workers(ray, device=device) as workers:
-            done = _interruptible(lambda bars: train(plan, folder, device=device, told=bars.training, workers=workers))
+        with _workers(ray, jobs, device) as workers:
+            done = _interruptible(
+                lambda bars: train(plan, folder, jobs=jobs, device=device, told=bars.training, workers=workers)
+            )
     _print_training(plan, done, folder)
 
 
@@ -177,9 +184,9 @@ def frontier_command(
                 plan, folder, name=defense_name, jobs=jobs, device=device, progress=bars, workers=workers
             )
         )
-    table, report, html = write_frontier(plan, done, folder)
-    _print_table([(*line[:3], *line[5:7]) for line in table])
-    for said in (*remarks(done), report.verdict):
+    table, answer, html = write_frontier(plan, done, folder)
+    _print_table([(*line[:4], *line[6:8]) for line in table])
+    for said in (*remarks(done), answer):
         out.print(f"\n{said}", highlight=False, markup=False)
     out.print(f"\nReport: {html.resolve()}", highlight=False, soft_wrap=True)
 
@@ -189,7 +196,7 @@ def invert_command(
     source: Annotated[str, typer.Argument(metavar="PRESET_OR_TOML", help="A training preset or file with [invert].")],
     out_dir: Annotated[Path | None, typer.Option("--out", help="Output folder; by default inversions/TITLE.")] = None,
     overrides: Annotated[list[str] | None, typer.Option("--set", help="Override a key: invert.samples=10.")] = None,
-    jobs: Annotated[int, typer.Option(min=0, help="Worker processes of an [audit]; 0: one a core.")] = 0,
+    jobs: Annotated[int, typer.Option(min=0, help="Worker processes on a CPU; 0: one a core.")] = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
 ) -> None:
     """Train, then draw private classes from the global network of chosen rounds; with [audit], attack updates too."""
@@ -198,7 +205,7 @@ def invert_command(
 
     plan = load_training(source, overrides or [])
     folder = out_dir or Path("inversions") / plan.title
-    found = _interruptible(lambda bars: invert_rounds(plan, folder, device=device, told=bars.training))
+    found = _interruptible(lambda bars: invert_rounds(plan, folder, jobs=jobs, device=device, told=bars.training))
     updates = None
     if plan.audit is not None and found.trained:
         _interruptible(lambda bars: frontier(plan, folder, name=defense_name, jobs=jobs, device=device, progress=bars))
@@ -339,14 +346,16 @@ def _interruptible(work: Callable[[_Bars], _T]) -> _T:
 def _print_training(plan: TrainingPlan, done: list[Trained], folder: Path) -> None:
     from keyhole.report.training import remarks, write_training
 
-    _print_table(write_training(plan, done, folder))
+    _print_table([line[:5] for line in write_training(plan, done, folder)])
     for said in remarks(done):
         out.print(said, highlight=False, markup=False)
     out.print(f"\nNumbers: {(folder / 'train.json').resolve()}", highlight=False, soft_wrap=True)
 
 
 def _print_table(lines: list[tuple[str, ...]]) -> None:
-    table = Table(*lines[0], box=None, padding=(0, 1))
+    # Names that were cut short would hide which strength a row is about.
+    widest = min(NAME_WIDTH, max(len(row[0]) for row in lines))
+    table = Table(Column(lines[0][0], min_width=widest, overflow="fold"), *lines[0][1:], box=None, padding=(0, 1))
     for row in lines[1:]:
         table.add_row(*(escape(value) for value in row))
     out.print(table)
@@ -394,7 +403,7 @@ class _Bars:
         )
         self.task: TaskID | None = None
         self.groups: dict[str, float] = {}
-        self.trained = ""
+        self.trainings: dict[str, TaskID] = {}
 
     def __enter__(self) -> _Bars:
         if err.is_terminal:
@@ -416,12 +425,12 @@ class _Bars:
             err.print(f"{name}: {total - done} of {total} groups of trials to do", highlight=False)
 
     def training(self, what: str, fraction: float) -> None:
-        """A bar for each network that is trained, once it takes long enough to be seen."""
-        if self.task is None or self.trained != what:
-            self.trained, self.task = what, self.bars.add_task(what, total=1.0)
+        """A bar for each network that is trained, several at a time perhaps; it goes once it is full."""
+        if what not in self.trainings:
+            self.trainings[what] = self.bars.add_task(what, total=1.0)
             if not err.is_terminal:
                 err.print(what, highlight=False)
-        self.bars.update(self.task, completed=fraction)
+        self.bars.update(self.trainings[what], completed=fraction, visible=fraction < 1.0)
 
     def group(self, group: Group, fraction: float) -> None:
         """Move the bar."""

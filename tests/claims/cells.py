@@ -1,7 +1,7 @@
 """Keep what audits measured of every defense, for the table in docs/defenses.md: tests/claims/measured/cells.json.
 
     python tests/claims/cells.py PRESET=DIR ...     read finished audits' report.json
-    python tests/claims/cells.py --accuracy FILE    read what `benchmarks/utility.py --json FILE` measured
+    python tests/claims/cells.py --accuracy DIR     keep what `keyhole train accuracy` measured
     python tests/claims/cells.py --frontier NAME=DIR --inversion NAME=DIR    keep those of keyhole frontier and invert
     python tests/claims/cells.py --claims           all of it, from what `make claims` measured
 
@@ -14,8 +14,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,24 +21,13 @@ from keyhole.report.verdict import FELL_FROM, NOT_BROKEN_UP_TO
 
 HERE = Path(__file__).parent
 KEPT = HERE / "measured" / "cells.json"
-ACCURACY = HERE / "measured" / "utility.json"
+ACCURACY = HERE / "measured" / "accuracy.json"
 FRONTIERS = HERE / "measured" / "frontiers.json"
 INVERSIONS = HERE / "measured" / "inversions.json"
 CLAIMS = HERE.parent.parent / "audits" / "claims"
 
 AUDITS = ("masking", "masking_weak.toml", "dp_sgd", "soteria", "obscuring", "concealing", "concealing_inserted.toml")
 """Audits whose cells are kept, in the order of the page."""
-
-TRAINED = (
-    "random_masking rate=0.3", "random_masking rate=0.5", "random_masking rate=0.9", "random_masking rate=0.95",
-    "clip norm=0.5 scale=update", "clip norm=0.1 scale=update", "prune rate=0.5", "prune rate=0.9", "prune rate=0.95",
-    "gaussian_noise std=0.1 scale=rms", "gaussian_noise std=0.3 scale=rms", "gaussian_noise std=1 scale=rms",
-    "dp_sgd noise_multiplier=0.001 clip=10", "dp_sgd noise_multiplier=0.01 clip=10",
-    "dp_sgd noise_multiplier=0.1 clip=10", "dp_sgd noise_multiplier=1 clip=10", "soteria rate=0.4",
-    "obscuring refresh=10 steps=100", "obscuring refresh=10 steps=100 ceiling=1.0", "quantize levels=16",
-    "top_k rate=0.9",
-)  # fmt: skip
-"""Defenses whose accuracy is measured, as `benchmarks/utility.py` takes them."""
 
 Cell = dict[str, Any]
 Row = dict[str, Any]
@@ -121,21 +108,11 @@ def level(naive: list[Row], attacks: list[Row]) -> str:
     return "fell" if worst >= FELL_FROM else "partly" if worst > NOT_BROKEN_UP_TO else "not broken"
 
 
-def named(words: str) -> str:
-    """``clip norm=0.5 + prune rate=0.5`` as the report names it, ``clip(norm=0.5) -> prune(rate=0.5)``."""
-    links = []
-    for link in words.split("+"):
-        name, *options = link.split()
-        links.append(f"{name}({', '.join(options)})" if options else name)
-    return " -> ".join(links)
-
-
-def keep_accuracy(figures: dict[str, Any]) -> None:
-    """Add test accuracies, in [0, 1], to those that are kept."""
-    kept = json.loads(ACCURACY.read_text()) if ACCURACY.exists() else {}
-    for words, entry in figures.items():
-        kept[named(words)] = {end: min(1.0, max(0.0, entry["accuracy"][end] / 100)) for end in ("value", "low", "high")}
-    ACCURACY.write_text(json.dumps(dict(sorted(kept.items())), indent=1) + "\n")
+def keep_accuracy(folder: Path, today: str) -> None:
+    """What each defense leaves of the test accuracy, and costs of it, paired by seed."""
+    found = json.loads((folder / "train.json").read_text())["summary"]
+    kept = {one["defense"]: {key: one[key] for key in ("accuracy", "change")} for one in found}
+    ACCURACY.write_text(json.dumps({"date": today, "defenses": kept}, indent=1) + "\n")
 
 
 FRONTIER_NAMES = ("frontier", "frontier_mnist")
@@ -165,22 +142,20 @@ def main() -> None:
     """Read reports and keep their cells."""
     parser = argparse.ArgumentParser(description="Keep what audits measured of every defense.")
     parser.add_argument("measured", nargs="*", metavar="PRESET=DIR", help="finished audits")
-    parser.add_argument("--accuracy", type=Path, help="figures of benchmarks/utility.py")
+    parser.add_argument("--accuracy", type=Path, metavar="DIR", help="the finished trainings of the preset accuracy")
     parser.add_argument("--frontier", nargs="*", default=[], metavar="NAME=DIR", help="finished frontiers")
     parser.add_argument("--inversion", nargs="*", default=[], metavar="NAME=DIR", help="finished inversions")
-    parser.add_argument("--claims", action="store_true", help="read audits/claims, and train under defenses")
+    parser.add_argument("--claims", action="store_true", help="read audits/claims")
     chosen = parser.parse_args()
     measured = list(chosen.measured)
     if chosen.claims:
         measured += [f"{name}={CLAIMS / name.removesuffix('.toml')}" for name in AUDITS]
-        chosen.accuracy = CLAIMS / "utility.json"
+        chosen.accuracy = CLAIMS / "accuracy"
         chosen.frontier += [f"{name}={CLAIMS / name}" for name in FRONTIER_NAMES]
         chosen.inversion += [f"{name}={CLAIMS / name}" for name in INVERSION_NAMES]
-        benchmark = HERE.parent.parent / "benchmarks" / "utility.py"
-        subprocess.run([sys.executable, str(benchmark), *TRAINED, "--json", str(chosen.accuracy)], check=True)
-    if chosen.accuracy:
-        keep_accuracy(json.loads(chosen.accuracy.read_text()))
     cells, today = load(), datetime.date.today().isoformat()
+    if chosen.accuracy:
+        keep_accuracy(chosen.accuracy, today)
     for given in chosen.frontier:
         keep_frontier(given.partition("=")[0], Path(given.partition("=")[2]), today)
     for given in chosen.inversion:

@@ -19,8 +19,7 @@ from typing import Any
 import numpy as np
 
 from keyhole.experiment.store import Store
-from keyhole.report.intervals import spread
-from keyhole.report.inversion import difference
+from keyhole.report.intervals import spread, student
 from keyhole.report.summarize import summarize
 from keyhole.report.write import read_audit
 
@@ -149,7 +148,7 @@ def paired_with_best_control(how: dict[str, Any], folder: Path) -> tuple[float, 
 def paired_by_network(how: dict[str, Any], rows: list[dict[str, Any]]) -> tuple[float, list[float]]:
     """One row less another on the same networks, on average, with its 95 % interval over networks."""
     one, other = (pick(rows, how[side])[how["value"]] for side in ("of", "to"))
-    found = difference([one[seed] - other[seed] for seed in one])
+    found = student([one[seed] - other[seed] for seed in one])
     return found.value, [found.low, found.high]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from keyhole.experiment.setup import find_device, prepare
 from keyhole.experiment.spec import parse_experiment
 from keyhole.experiment.train import Trained
 from keyhole.experiment.training_plan import TrainingPlan, parse_training
-from keyhole.report.frontier import points, write_frontier
+from keyhole.report.frontier import answer, points, write_frontier
+from keyhole.report.intervals import Estimate
 from keyhole.report.names import defense_name
 from keyhole.report.summarize import summarize
 from keyhole.report.write import read_audit
@@ -152,18 +154,41 @@ def test_the_page_has_the_section_and_a_plain_audit_has_not(run: tuple[Path, lis
     folder, _, _ = run
     page = (folder / "report.html").read_text()
     section = page[page.index("Accuracy against leakage") :]
+    assert "Without a defense the accuracy is" in page[: page.index("Accuracy against leakage")]
     assert section.count("data:image/svg+xml") >= 2 and "prune(<wbr>rate=0.5)" in section
     _, plain = write_report(folder / "audit")
     assert "Accuracy against leakage" not in plain.read_text()
 
 
 def test_it_goes_on_where_it_stopped_and_writes_the_same(
-    plan: TrainingPlan, run: tuple[Path, list[Trained], dict[str, Any]], tmp_path: Path
+    plan: TrainingPlan, run: tuple[Path, list[Trained], dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Also from where the same folder has another path."""
     folder, _, report = run
-    again = frontier(plan, folder, name=defense_name, jobs=1)
+    monkeypatch.chdir(folder.parent)
+    again = frontier(plan, Path(folder.name), name=defense_name, jobs=1)
     write_frontier(plan, again, folder)
     assert json.loads((folder / "report.json").read_text()) == report
+
+
+def test_the_answer_sorts_defenses_by_how_they_did_and_then_by_accuracy(
+    plan: TrainingPlan, run: tuple[Path, list[Trained], dict[str, Any]]
+) -> None:
+    folder, done, _ = run
+    one = points(plan, done, summarize(*read_audit(folder / "audit")))[0]
+
+    def point(name: str, accuracy: float, worst: float) -> Any:
+        return replace(one, defense=name, accuracy=Estimate(accuracy), leak_rate=Estimate(worst))
+
+    said = answer(
+        [point("none", 0.97, 1.0), point("a", 0.8, 0.0), point("b", 0.9, 0.05), point("c", 0.7, 0.3),
+         point("d", 0.6, 0.5), point("e", 0.5, math.nan)]
+    )  # fmt: skip
+    assert said == (
+        "Without a defense the accuracy is 97.0 %, and 100 % of the attacked images leaked to the worst attacker. Not "
+        "broken by the attacks tried: b (accuracy 90.0 %), a (accuracy 80.0 %). Gave way in part: c (accuracy 70.0 %). "
+        "Fell: d (accuracy 60.0 %). Could not be scored: e (accuracy 50.0 %)."
+    )
 
 
 def test_seen_needs_a_file_of_weights() -> None:

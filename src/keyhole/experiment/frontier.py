@@ -77,7 +77,7 @@ def frontier(
         plan: what to train, and how to attack.
         folder: the output folder.
         name: names of defenses, for the settings of the audit.
-        jobs: worker processes of the audit; 0 for one a core.
+        jobs: worker processes; 0 for one a core.
         device: ``cpu`` or ``cuda``.
         progress: told how far things are.
         workers: who trains the clients and runs the attacks.
@@ -85,7 +85,8 @@ def frontier(
     progress = progress or Silent()
     if plan.audit is None:
         raise ConfigError("a frontier needs an [audit] section with one [[audit.attacks]].")
-    done = train(plan, folder, device=device, told=progress.training, workers=workers)
-    study = study_of(plan, done, folder, name)
+    done = train(plan, folder, jobs=jobs, device=device, told=progress.training, workers=workers)
+    # However the folder is spelled, it is gone on with.
+    study = study_of(plan, done, folder.resolve(), name)
     audit(study, folder / "audit", jobs=jobs, device=device, progress=progress, workers=workers)
     return done

@@ -110,12 +110,15 @@ class Inversions:
     """Some private training images of each class, where the plan shows images."""
 
 
-def invert_rounds(plan: TrainingPlan, folder: Path, *, device: str = "cpu", told: Told = silent) -> Inversions:
+def invert_rounds(
+    plan: TrainingPlan, folder: Path, *, jobs: int = 1, device: str = "cpu", told: Told = silent
+) -> Inversions:
     """Train what is missing, invert what is missing, and score everything.
 
     Args:
         plan: with ``[invert]``.
         folder: the output folder; made if needed.
+        jobs: trainings at a time on a CPU; 0 for one a core. The searches take one core.
         device: ``cpu`` or ``cuda``.
         told: told what is how far.
 
@@ -130,7 +133,7 @@ def invert_rounds(plan: TrainingPlan, folder: Path, *, device: str = "cpu", told
     study = _Study(plan, plan.invert, problem, public_images(plan, problem.data.image_shape), folder, where, told)
     study.check()
     if plan.invert.settings.weights is None:
-        study.trained = train(plan, folder, device=device, told=told)
+        study.trained = train(plan, folder, jobs=jobs, device=device, told=told)
     with Store(folder) as store, one_thread(where):
         store.claim_config(plan.to_toml())
         study.attack()

@@ -12,7 +12,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from keyhole.experiment.plan import build_defense
 from keyhole.experiment.setup import TRAIN_IMAGES, find_device
 from keyhole.experiment.store import Store
 from keyhole.experiment.training_plan import TrainingPlan
-from keyhole.experiment.work import HERE, Workers
+from keyhole.experiment.work import HERE, Workers, available_cores, in_processes
 from keyhole.federation.local import Round, State
 from keyhole.federation.states import AfterRound, accuracy, rounds
 from keyhole.federation.strategies import FedAvg, Memory, Noised
@@ -87,6 +87,11 @@ class Trained:
         """After the last round."""
         return self.rounds[-1].accuracy
 
+    @property
+    def what(self) -> str:
+        """For the progress."""
+        return f"training {self.folder.parent.name}, seed {self.seed}"
+
     def checkpoint(self, number: int) -> Path:
         """The file of the global network after a round."""
         return self.folder / f"round-{number:03d}.safetensors"
@@ -107,6 +112,7 @@ def train(
     plan: TrainingPlan,
     folder: Path,
     *,
+    jobs: int = 1,
     device: str = "cpu",
     told: Told = silent,
     workers: Workers = HERE,
@@ -117,6 +123,8 @@ def train(
     Args:
         plan: what to train.
         folder: the output folder; made if needed.
+        jobs: trainings at a time on a CPU, in processes of their own; 0 for one a core. With the ``workers`` of a
+            cluster or with ``ask``, which spread the clients of a round, it is always one.
         device: ``cpu`` or ``cuda``.
         told: told which training is how far.
         workers: who trains the clients.
@@ -131,13 +139,42 @@ def train(
     problem = Problem(plan, where, workers)
     for specs in plan.defenses:
         problem.task(specs)
-    done = []
+    runs = [
+        Trained(specs, seed, folder_of(plan, folder, index, seed))
+        for index, specs in enumerate(plan.defenses)
+        for seed in plan.run.seeds
+    ]
     with Store(folder) as store, one_thread(where):
         store.claim_config(plan.to_toml())
-        for index, specs in enumerate(plan.defenses):
-            for seed in plan.run.seeds:
-                done.append(problem.train(Trained(specs, seed, folder_of(plan, folder, index, seed)), told, ask))
-    return done
+        if where.type == "cpu" and workers is HERE and ask is None:
+            _side_by_side(plan, runs, jobs or available_cores(), told)
+        # What is done by now is only read.
+        return [problem.train(run, told, ask) for run in runs]
+
+
+def _side_by_side(plan: TrainingPlan, runs: Sequence[Trained], jobs: int, told: Told) -> None:
+    """Several trainings at a time, each in a process of its own; all that is left of them is their files."""
+    missing = {run.what: run for run in runs if not run.checkpoint(plan.federation.rounds).exists()}
+    if min(jobs, len(missing)) > 1:
+        for name, _ in in_processes(_Training(plan), missing, jobs, told):
+            told(name, 1.0)
+
+
+class _Training:
+    """Called with a training in a worker, whose images are loaded once."""
+
+    def __init__(self, plan: TrainingPlan) -> None:
+        self.plan = plan
+
+    @cached_property
+    def problem(self) -> Problem:
+        """The same as the main process has, which has told the user of whatever there is to be warned of."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return Problem(self.plan, torch.device("cpu"))
+
+    def __call__(self, run: Trained, progress: Callable[[float], None]) -> None:
+        self.problem.train(run, lambda what, fraction: progress(fraction))
 
 
 class Problem:
@@ -222,7 +259,6 @@ class Problem:
         task = plain if defense is None else defense.on_task(plain)
         start = fit_weights(task, bare_start)
         run.seen = self.seen(run.seed)
-        what = f"training {run.folder.parent.name}, seed {run.seed}"
         key = training_key(run.seed)
         strategy = self._server(run.defense, key)
         weights, memory, states = _resume(run, start) or (start, None, None)
@@ -250,7 +286,7 @@ class Problem:
             run.rounds.append(_account(before, after, accuracy(task, after.weights, *self.test)))
             _keep(run, task, after.weights, after.memory, after.clients.states)
             before = after.weights
-            told(what, after.number / self.federation.rounds)
+            told(run.what, after.number / self.federation.rounds)
         return run
 
     def task(self, specs: tuple[Spec, ...]) -> Task:

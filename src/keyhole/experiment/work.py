@@ -13,13 +13,13 @@ import queue
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -135,31 +135,76 @@ def _in_processes(
     deadline: float | None,
     report: Report,
 ) -> Iterator[tuple[Group, GroupResult]]:
+    by_hash = {group.hash: group for group in groups}
+    work = _Trials(study, fingerprints, checkpoints, deadline)
+    paused = False
+    for name, result in in_processes(work, by_hash, jobs, lambda name, fraction: report(by_hash[name], fraction)):
+        if result is None:
+            paused = True  # the other workers see the same deadline; wait for their checkpoints
+        else:
+            yield by_hash[name], result
+    if paused:
+        raise Paused
+
+
+class _Trials:
+    """Called with a group in a worker: its result, or `None` when it was time to stop."""
+
+    def __init__(self, study: Study, fingerprints: list[str], checkpoints: Path, deadline: float | None) -> None:
+        # Loading waits for the first group, whose future can carry an error to the parent.
+        self.loaded = Loaded(study, fingerprints)
+        self.checkpoints, self.deadline = checkpoints, deadline
+
+    def __call__(self, group: Group, progress: Callable[[float], None]) -> GroupResult | None:
+        file = checkpoint_of(self.checkpoints, group)
+        watch = Watch(checkpoint=file, progress=progress, paused=lambda: passed(self.deadline))
+        try:
+            if passed(self.deadline):
+                raise Paused
+            return run_group(group, self.loaded.setup(group.setting), watch)
+        except Paused:
+            return None
+
+
+# Processes ------------------------------------------------------------------------------------------------------------
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def in_processes(
+    work: Callable[[Item, Callable[[float], None]], Result],
+    items: Mapping[str, Item],
+    jobs: int,
+    report: Callable[[str, float], None],
+) -> Iterator[tuple[str, Result]]:
+    """Call in worker processes of one torch thread each; results come as they are done.
+
+    Args:
+        work: called with an item and a function that takes how far it is; must be picklable, and is copied once into
+            each worker.
+        items: by name.
+        jobs: worker processes.
+        report: told the name of an item and how far it is.
+
+    Raises:
+        KeyholeError: a worker was killed. Whatever a call raises comes out here.
+    """
     spawn = multiprocessing.get_context("spawn")
     news: Any = spawn.Queue()
-    by_hash = {group.hash: group for group in groups}
-    pool = ProcessPoolExecutor(
-        min(jobs, len(groups)), spawn, _start_worker, (study, fingerprints, str(checkpoints), deadline, news)
-    )
+    pool = ProcessPoolExecutor(min(jobs, len(items)), spawn, _start_worker, (work, news))
     try:
-        running: dict[Future[GroupResult], Group] = {pool.submit(_work, group): group for group in groups}
-        paused = False
+        running = {pool.submit(_call, name, item): name for name, item in items.items()}
         while running:
             finished, _ = wait(running, timeout=0.3, return_when=FIRST_COMPLETED)
             for name, fraction in _drain(news):
-                report(by_hash[name], fraction)
+                report(name, fraction)
             for future in finished:
-                group = running.pop(future)
-                try:
-                    yield group, future.result()
-                except Paused:
-                    paused = True  # the other workers see the same deadline; wait for their checkpoints
-        if paused:
-            raise Paused
+                yield running.pop(future), future.result()
     except BrokenProcessPool as error:
         raise KeyholeError(
-            "a worker process was killed, perhaps for want of memory; run the same command again to go on, "
-            "with fewer --jobs or a smaller run.group."
+            "a worker process was killed, perhaps for want of memory; run the same command again to go on, with fewer "
+            "--jobs (or, in an audit, a smaller run.group)."
         ) from error
     finally:
         # On an interrupt nothing that still waits may begin; what runs keeps its last checkpoint.
@@ -182,14 +227,12 @@ def _drain(news: Any) -> Iterator[tuple[str, float]]:
 _worker: dict[str, Any] = {}
 
 
-def _start_worker(study: Study, fingerprints: list[str], checkpoints: str, deadline: float | None, news: Any) -> None:
-    """Keep what the work needs; loading waits for the first group, whose future can carry an error to the parent."""
+def _start_worker(work: Any, news: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     threading.Thread(target=_die_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     keep_freed_memory()
-    loaded = Loaded(study, fingerprints)
-    _worker.update(loaded=loaded, checkpoints=Path(checkpoints), deadline=deadline, news=news)
+    _worker.update(work=work, news=news)
 
 
 def _die_with_parent() -> None:
@@ -200,20 +243,15 @@ def _die_with_parent() -> None:
         os._exit(1)
 
 
-def _work(group: Group) -> GroupResult:
-    deadline, last = _worker["deadline"], [0.0]
+def _call(name: str, item: Any) -> Any:
+    last = [0.0]
 
     def progress(fraction: float) -> None:
         if time.monotonic() - last[0] > 0.5:
             last[0] = time.monotonic()
-            _worker["news"].put((group.hash, fraction))
+            _worker["news"].put((name, fraction))
 
-    if passed(deadline):
-        raise Paused
-    watch = Watch(
-        checkpoint=checkpoint_of(_worker["checkpoints"], group), progress=progress, paused=lambda: passed(deadline)
-    )
-    return run_group(group, _worker["loaded"].setup(group.setting), watch)
+    return _worker["work"](item, progress)
 
 
 def checkpoint_of(folder: Path, group: Group) -> Path:

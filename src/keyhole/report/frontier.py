@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from keyhole.experiment.store import Store
 from keyhole.experiment.train import Trained
 from keyhole.experiment.training_plan import TrainingPlan
 from keyhole.report.intervals import Estimate
-from keyhole.report.names import defense_name
+from keyhole.report.names import UNDEFENDED, defense_name
 from keyhole.report.records import Images, Row
 from keyhole.report.render import render_html
 from keyhole.report.summarize import Report, plain, summarize
@@ -23,24 +23,27 @@ from keyhole.report.text import NOTHING, rated
 from keyhole.report.training import (
     accuracy_in_words,
     by_defense,
+    change,
     cost,
     epsilon_in_words,
     guarantee,
     over_seeds,
+    points_in_words,
     remarks,
     write_training,
 )
-from keyhole.report.verdict import percent
+from keyhole.report.verdict import FELL_FROM, NOT_BROKEN_UP_TO, percent
 from keyhole.report.write import read_audit
 
 NOTE = (
-    "Accuracy: on held-out images after the last round, with the interval over trainings. Worst leak rate: the highest "
-    "of all attackers, naive or adaptive, at all audited rounds. Epsilon: of the whole training, an image as the unit. "
-    "Bound: on what any attack can recover from the audited updates and all rounds before them."
+    "Accuracy: on held-out images after the last round, with the interval over trainings; in points to no defense, "
+    "paired by seed. Worst leak rate: the highest of all attackers, naive or adaptive, at all audited rounds. Epsilon: "
+    "of the whole training, an image as the unit. Bound: on what any attack can recover from the audited updates and "
+    "all rounds before them."
 )
 HEAD = (
-    "defense", "accuracy (95 %)", "worst leak rate (95 %)", "at", "worst attacker", "epsilon", "bound on any attack",
-    "MB sent up", "client seconds a round",
+    "defense", "accuracy (95 %)", "points to no defense (95 %)", "worst leak rate (95 %)", "at", "worst attacker",
+    "epsilon", "bound on any attack", "MB sent up", "client seconds a round",
 )  # fmt: skip
 
 
@@ -50,6 +53,8 @@ class Point:
 
     defense: str
     accuracy: Estimate
+    change: Estimate
+    """Of the accuracy, to that without a defense, paired by seed; NaN for that one itself."""
     leak_rate: Estimate
     """Of the worst attacker at the worst round."""
     round: int | None
@@ -69,7 +74,8 @@ def points(plan: TrainingPlan, done: Sequence[Trained], report: Report) -> list[
     """One for each defense, in the order of the file."""
     where = {place.setting: place for place in places(plan, defense_name)}
     found = []
-    for name, runs in by_defense(done).items():
+    trained = by_defense(done)
+    for name, runs in trained.items():
         # Of networks trained under another defense only the bare updates were attacked.
         own = [
             row
@@ -88,6 +94,7 @@ def points(plan: TrainingPlan, done: Sequence[Trained], report: Report) -> list[
             Point(
                 defense=name,
                 accuracy=over_seeds([run.accuracy for run in runs]),
+                change=change(name, trained),
                 leak_rate=Estimate() if worst is None else worst.leak_rate,
                 round=None if worst is None else where[worst.setting].round,
                 attack="" if worst is None else worst.attack,
@@ -118,13 +125,48 @@ def frontier_table(found: Sequence[Point]) -> list[Line]:
         at = NOTHING if point.round is None else f"round {point.round}"
         lines.append(
             (
-                point.defense, accuracy_in_words(point.accuracy), rated(point.leak_rate), at,
+                point.defense, accuracy_in_words(point.accuracy), points_in_words(point.change),
+                rated(point.leak_rate), at,
                 f"{point.attack}, {point.attacker}" if point.attacker else NOTHING, epsilon_in_words(point.epsilon),
                 f"{percent(point.bound)} %" if math.isfinite(point.bound) else NOTHING, f"{point.bytes_up / 1e6:.3g}",
                 f"{point.client_seconds:.3g}",
             )
         )  # fmt: skip
     return lines
+
+
+def answer(found: Sequence[Point]) -> str:
+    """Which defenses held and what they cost, in sentences; within each group the most accurate first."""
+    said = []
+    groups: dict[str, list[Point]] = {title: [] for title, _ in GROUPS}
+    for point in found:
+        worst = point.leak_rate.value
+        if point.defense == UNDEFENDED:
+            leaks = "no attack could be scored" if math.isnan(worst) else (
+                f"{percent(worst)} % of the attacked images leaked to the worst attacker"
+            )  # fmt: skip
+            said.append(f"Without a defense the accuracy is {accuracy_in_words(point.accuracy)}, and {leaks}.")
+        else:
+            groups[next(title for title, holds in GROUPS if holds(worst))].append(point)
+    for title, own in groups.items():
+        if own:
+            names = (_priced(p) for p in sorted(own, key=lambda p: -p.accuracy.value))
+            said.append(f"{title}: {', '.join(names)}.")
+    return " ".join(said)
+
+
+GROUPS: tuple[tuple[str, Callable[[float], bool]], ...] = (
+    ("Not broken by the attacks tried", lambda worst: worst <= NOT_BROKEN_UP_TO),
+    ("Gave way in part", lambda worst: worst < FELL_FROM),
+    ("Fell", lambda worst: worst >= FELL_FROM),
+    ("Could not be scored", math.isnan),
+)
+"""How a defense did by its worst leak rate, the first that holds; the bars are those of an audit's verdict."""
+
+
+def _priced(point: Point) -> str:
+    """A defense with its accuracy."""
+    return f"{point.defense} (accuracy {100 * point.accuracy.value:.1f} %)"
 
 
 def rows_json(plan: TrainingPlan, done: Sequence[Trained], report: Report) -> dict[str, Any]:
@@ -143,11 +185,12 @@ def rows_json(plan: TrainingPlan, done: Sequence[Trained], report: Report) -> di
         row["round"] = place.round
         row["epsilon"] = plain(guarantee(runs[row["defense"]]))
     found = points(plan, done, report)
-    return {**whole, "kind": "frontier", "points": plain([asdict(p) for p in found]), "remarks": remarks(done)}
+    given = {"answer": answer(found), "points": plain([asdict(p) for p in found]), "remarks": remarks(done)}
+    return {**whole, "kind": "frontier", **given}
 
 
-def write_frontier(plan: TrainingPlan, done: Sequence[Trained], folder: Path) -> tuple[list[Line], Report, Path]:
-    """Write ``train.json``, ``report.json`` and ``report.html``; returns the table, the audit's report and the page."""
+def write_frontier(plan: TrainingPlan, done: Sequence[Trained], folder: Path) -> tuple[list[Line], str, Path]:
+    """Write ``train.json``, ``report.json`` and ``report.html``; returns the table, the answer and the page."""
     settings, outcomes = read_audit(folder / "audit")
     report = summarize(settings, outcomes)
     write_training(plan, done, folder)
@@ -158,7 +201,7 @@ def write_frontier(plan: TrainingPlan, done: Sequence[Trained], folder: Path) ->
     reconstructions, secrets = Store(folder / "audit").images()
     images = Images(secrets, reconstructions) if reconstructions else None
     page = render_html(report, settings, outcomes, images, _section(found, remarks(done)))
-    return frontier_table(found), report, store.write_text("report.html", page)
+    return frontier_table(found), answer(found), store.write_text("report.html", page)
 
 
 def _section(found: Sequence[Point], said: Sequence[str]) -> dict[str, Any]:
@@ -166,6 +209,7 @@ def _section(found: Sequence[Point], said: Sequence[str]) -> dict[str, Any]:
     from keyhole.report.figures import leaks_by_round, trade_off
 
     return {
+        "answer": answer(found),
         "note": NOTE,
         "table": frontier_table(found),
         "remarks": list(said),

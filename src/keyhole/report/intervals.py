@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,6 +36,19 @@ class Spread:
     high: float = math.nan
     q10: float = math.nan
     q90: float = math.nan
+
+
+def student(values: Sequence[float]) -> Estimate:
+    """The mean over trainings, or of paired differences between them, with its 95 % Student interval.
+
+    One training has no interval. Nor have several that agree exactly, as where all of them are saturated: they do not
+    prove that every training would. NaN without values, or where one of them is NaN.
+    """
+    if not values or any(math.isnan(value) for value in values):
+        return Estimate()
+    mean = math.fsum(values) / len(values)
+    half = float(stats.sem(values) * stats.t.ppf(0.975, len(values) - 1)) if len(values) > 1 else 0.0
+    return Estimate(mean, mean - half, mean + half) if half > 0 else Estimate(mean)
 
 
 def wilson(share: float, n: int) -> tuple[float, float]:

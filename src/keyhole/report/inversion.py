@@ -16,7 +16,7 @@ from keyhole.experiment.invert import ATTACK, Inversions, Row
 from keyhole.experiment.store import Store
 from keyhole.experiment.train import Trained
 from keyhole.experiment.training_plan import TrainingPlan
-from keyhole.report.intervals import Estimate, wilson
+from keyhole.report.intervals import Estimate, student, wilson
 from keyhole.report.names import defense_name, spec_names
 from keyhole.report.summarize import plain
 from keyhole.report.tables import Line
@@ -139,7 +139,9 @@ def over_networks(values: Sequence[float], images: int) -> Estimate:
     found = over_seeds(values)
     if len(values) < 2:
         return found
-    low, high = max((found.low, found.high), wilson(found.value, images), key=lambda pair: pair[1] - pair[0])
+    low, high = wilson(found.value, images)
+    if found.high - found.low > high - low:  # not so where they all agree, and there is no interval
+        low, high = found.low, found.high
     return Estimate(found.value, low, high)
 
 
@@ -215,7 +217,7 @@ def lift(found: Sequence[Cell], attack: Cell) -> Estimate:
     control = floor(found, attack)
     if control is None:
         return Estimate()
-    above = difference([value - control.by_seed[s] for s, value in attack.by_seed.items() if s in control.by_seed])
+    above = student([value - control.by_seed[s] for s, value in attack.by_seed.items() if s in control.by_seed])
     # In this order a missing bound stays missing.
     return Estimate(above.value, max(above.low, -1.0), min(above.high, 1.0))
 
@@ -268,8 +270,8 @@ def compared(found: Sequence[Cell]) -> list[Line]:
             lines.append(
                 (
                     base.defense, str(base.round), other.attack, base.attack,
-                    points(difference([other.by_seed[s] - base.by_seed[s] for s in seeds])),
-                    signed(difference([other.diversity_by_seed[s] - base.diversity_by_seed[s] for s in seeds])),
+                    points(student([other.by_seed[s] - base.by_seed[s] for s in seeds])),
+                    signed(student([other.diversity_by_seed[s] - base.diversity_by_seed[s] for s in seeds])),
                     str(len(seeds)),
                 )
             )  # fmt: skip
@@ -301,24 +303,10 @@ def matched(found: Sequence[Cell]) -> list[Line]:
             lines.append(
                 (
                     cell.defense, cell.attack, str(cell.round), share(cell.accuracy),
-                    share(math.fsum(gaps) / len(gaps)), points(difference(differences)), str(len(differences)),
+                    share(math.fsum(gaps) / len(gaps)), points(student(differences)), str(len(differences)),
                 )
             )  # fmt: skip
     return lines
-
-
-def difference(values: Sequence[float]) -> Estimate:
-    """The mean of paired differences with its 95 % Student interval over networks."""
-    from scipy import stats
-
-    if not values or any(math.isnan(value) for value in values):
-        return Estimate()
-    mean = math.fsum(values) / len(values)
-    if len(values) < 2:
-        return Estimate(mean)
-    half = float(stats.sem(values) * stats.t.ppf(0.975, len(values) - 1))
-    # Networks that all differ by the same, as where both are saturated, do not prove that all networks do.
-    return Estimate(mean, mean - half, mean + half) if half > 0 else Estimate(mean)
 
 
 def as_dict(found: Inversions, lines: Sequence[Cell], both: Sequence[Line]) -> dict[str, Any]:

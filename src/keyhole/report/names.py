@@ -9,6 +9,9 @@ from typing import Any
 from keyhole.core.registry import DEFENSES, Registry
 from keyhole.core.trial import Spec, Trial
 
+UNDEFENDED = "none"
+"""The name of a chain without links."""
+
 
 def show(value: Any) -> str:
     """A value of an option as text."""
@@ -26,7 +29,7 @@ def named(spec: Spec, options: Iterable[str]) -> str:
 
 def defense_name(links: tuple[Spec, ...]) -> str:
     """A chain as text: of each link its first option, which is its strength, and what is not at its default."""
-    return " -> ".join(named(link, worth_showing(link)) for link in links) or "none"
+    return " -> ".join(named(link, worth_showing(link)) for link in links) or UNDEFENDED
 
 
 def first_option(link: Spec) -> str | None:

@@ -4,33 +4,43 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-from scipy import stats
 
 from keyhole.experiment.audit import versions
 from keyhole.experiment.store import Store
 from keyhole.experiment.train import Trained, epsilon
 from keyhole.experiment.training_plan import TrainingPlan
-from keyhole.report.intervals import Estimate
-from keyhole.report.names import defense_name
+from keyhole.report.intervals import Estimate, student
+from keyhole.report.names import UNDEFENDED, defense_name
 from keyhole.report.summarize import plain
 from keyhole.report.tables import Line
 from keyhole.report.text import NOTHING
 
-HEAD = ("defense", "test accuracy (95 %)", "training loss", "epsilon", "MB sent up", "client seconds a round")
+HEAD = (
+    "defense", "test accuracy (95 %)", "points to no defense (95 %)", "training loss", "epsilon", "MB sent up",
+    "client seconds a round",
+)  # fmt: skip
 
 
 def over_seeds(values: Sequence[float]) -> Estimate:
-    """The mean over trainings with its 95 % Student interval, cut to [0, 1]; a single training has no interval."""
-    mean = math.fsum(values) / len(values)
-    if len(values) < 2:
-        return Estimate(mean)
-    half = float(stats.sem(values) * stats.t.ppf(0.975, len(values) - 1))
-    return Estimate(mean, max(0.0, mean - half), min(1.0, mean + half))
+    """The mean accuracy over trainings with its 95 % Student interval, cut to [0, 1]."""
+    found = student(values)
+    return Estimate(found.value, max(found.low, 0.0), min(found.high, 1.0))  # NaN stays NaN
+
+
+def change(name: str, trained: Mapping[str, Sequence[Trained]]) -> Estimate:
+    """Accuracy under a defense less that without any; NaN where there is none to compare with.
+
+    Paired by seed: federations of one seed begin with the same network and clients, so that what one seed makes harder
+    than another falls out.
+    """
+    if name == UNDEFENDED:
+        return Estimate()
+    plain = {run.seed: run.accuracy for run in trained.get(UNDEFENDED, ())}
+    return student([run.accuracy - plain[run.seed] for run in trained[name] if run.seed in plain])
 
 
 def by_defense(done: Sequence[Trained]) -> dict[str, list[Trained]]:
@@ -76,6 +86,14 @@ def accuracy_in_words(value: Estimate) -> str:
     return text if math.isnan(value.low) else f"{text} ({100 * value.low:.1f} to {100 * value.high:.1f})"
 
 
+def points_in_words(value: Estimate) -> str:
+    """A difference of accuracies in points, with the interval where there is one."""
+    if math.isnan(value.value):
+        return NOTHING
+    text = f"{100 * value.value:+.1f}"
+    return text if math.isnan(value.low) else f"{text} ({100 * value.low:+.1f} to {100 * value.high:+.1f})"
+
+
 def epsilon_in_words(value: float | None) -> str:
     """With three digits."""
     return NOTHING if value is None else "none" if math.isinf(value) else f"{value:.3g}"
@@ -84,13 +102,14 @@ def epsilon_in_words(value: float | None) -> str:
 def training_table(done: Sequence[Trained]) -> list[Line]:
     """A row for each defense, after the last round."""
     lines: list[Line] = [HEAD]
-    for name, runs in by_defense(done).items():
+    found = by_defense(done)
+    for name, runs in found.items():
         sent, seconds = cost(runs)
         loss = math.fsum(run.rounds[-1].loss for run in runs) / len(runs)
         right = over_seeds([run.accuracy for run in runs])
         lines.append(
-            (name, accuracy_in_words(right), f"{loss:.3g}", epsilon_in_words(guarantee(runs)), f"{sent / 1e6:.3g}",
-             f"{seconds:.3g}")
+            (name, accuracy_in_words(right), points_in_words(change(name, found)), f"{loss:.3g}",
+             epsilon_in_words(guarantee(runs)), f"{sent / 1e6:.3g}", f"{seconds:.3g}")
         )  # fmt: skip
     return lines
 
@@ -101,12 +120,14 @@ def training_json(plan: TrainingPlan, done: Sequence[Trained]) -> dict[str, Any]
         {"defense": defense_name(run.defense), "seed": run.seed, **asdict(row)} for run in done for row in run.rounds
     ]
     summary = []
-    for name, runs in by_defense(done).items():
+    found = by_defense(done)
+    for name, runs in found.items():
         sent, seconds = cost(runs)
         summary.append(
             {
                 "defense": name,
                 "accuracy": asdict(over_seeds([run.accuracy for run in runs])),
+                "change": asdict(change(name, found)),
                 "seeds": [run.accuracy for run in runs],
                 "epsilon": guarantee(runs),
                 "bytes_up": sent,
@@ -114,7 +135,7 @@ def training_json(plan: TrainingPlan, done: Sequence[Trained]) -> dict[str, Any]
                 "changed": [run.changed for run in runs],
             }
         )
-    found: dict[str, Any] = plain(
+    whole: dict[str, Any] = plain(
         {
             "schema": 1,
             "kind": "training",
@@ -126,7 +147,7 @@ def training_json(plan: TrainingPlan, done: Sequence[Trained]) -> dict[str, Any]
             "versions": versions(),
         }
     )
-    return found
+    return whole
 
 
 def write_training(plan: TrainingPlan, done: Sequence[Trained], folder: Path) -> list[Line]:
