@@ -243,6 +243,12 @@ def test_defenses_that_are_not_about_the_update_are_refused(name: str) -> None:
             DefenseMod(defense, make_model())
 
 
+@pytest.mark.parametrize("wrong", ["clip", None, Fewer])
+def test_what_is_no_defense_is_refused(wrong: Any) -> None:
+    with pytest.raises(ConfigError, match=r"^defense is .*; a defense is needed, such as"):
+        DefenseMod(wrong, make_model())
+
+
 def test_tied_parameters_are_refused() -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     model[1].weight = model[0].weight

@@ -358,6 +358,11 @@ def test_secrets_of_a_test_run(tmp_path: Path) -> None:
     assert read_secret(tmp_path, 4, "42") is None
     with pytest.raises(ConfigError, match="do not fit"):
         record_batches(tmp_path, message, images, labels[:2])
+    for wrong in (images.tolist(), images.numpy(), None):
+        with pytest.raises(ConfigError, match=f"images are a {type(wrong).__name__}; a torch.Tensor is needed"):
+            record_batches(tmp_path, message, wrong, labels)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="labels are a list"):
+        record_batches(tmp_path, message, images, labels.tolist())  # type: ignore[arg-type]
     del message.content["config"]
     with pytest.raises(ConfigError, match="no 'server-round'"):
         record_batches(tmp_path, message, images, labels)

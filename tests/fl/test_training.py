@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -15,8 +16,8 @@ from flower import context
 from keyhole.core.defense import Context, Defense, chain
 from keyhole.core.registry import DEFENSES
 from keyhole.core.task import Task
-from keyhole.core.types import Batch
-from keyhole.errors import ConfigError
+from keyhole.core.types import Batch, Tensors
+from keyhole.errors import ConfigError, DataError, KeyholeError, ModelError
 from keyhole.fl import defended_training
 
 
@@ -125,3 +126,86 @@ def test_the_servers_number_of_the_round_counts_where_it_is_told() -> None:
     assert watching.rounds == [(2, False), (6, True), (2, True)]
     with pytest.raises(ConfigError, match="round is 0"):
         defended_training(make(), watching, *data(), where, lr=0.5, round=0)
+
+
+class Seeing(Defense):
+    """Adds 1 to all that it is given, and remembers the names."""
+
+    def on_update(self, update: Tensors, ctx: Context) -> Tensors:
+        self.names = list(update)
+        return {name: value + 1 for name, value in update.items()}
+
+
+def test_frozen_layers_stay_and_are_no_part_of_the_update() -> None:
+    """The rest moves as in the whole network, by one step of plain SGD."""
+    model, defense = make(), Seeing()
+    whole, body = moved(chain()), copy.deepcopy(model[0].state_dict())
+    model[0].requires_grad_(False)
+    got = moved(defense, model)
+    assert defense.names == ["3.weight", "3.bias"]
+    assert all(torch.equal(model[0].state_dict()[name], value) for name, value in body.items())
+    for name in defense.names:
+        assert torch.allclose(got[name], whole[name] + 1, atol=1e-12), name
+    assert [p.requires_grad for p in model.parameters()] == [False, False, True, True]
+
+
+def test_the_norm_of_frozen_layers_counts_for_nothing() -> None:
+    """Of each example, too: the body's gradient would use up the norm."""
+    model = make()
+    model[0].requires_grad_(False)
+    got = moved(DEFENSES.build("dp_sgd", clip=0.1, noise_multiplier=0.0), model)
+    images, labels = data()
+    total = torch.zeros_like(model[3].weight)
+    for image, label in zip(images, labels, strict=True):
+        head = make()[3]
+        nn.functional.cross_entropy(head(make()[:3](image[None])), label[None]).backward()
+        norm = torch.cat([head.weight.grad.flatten(), head.bias.grad]).norm()
+        total += head.weight.grad * min(1.0, 0.1 / float(norm)) / len(images)
+    assert torch.allclose(got["3.weight"], 0.5 * total, atol=1e-9)
+
+
+def test_a_defense_of_a_frozen_layer_is_refused_and_so_is_a_model_that_is_frozen_whole() -> None:
+    model = make()
+    model[3].requires_grad_(False)
+    with pytest.raises(ConfigError, match=r"Soteria acts on '3.weight', which is frozen"):
+        moved(DEFENSES.build("soteria", rate=0.5), model)
+    with pytest.raises(ConfigError, match="nothing to train"):
+        moved(chain(), make().requires_grad_(False))
+
+
+_IMAGES, _LABELS = data()
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "said"),
+    [
+        ({"inputs": _IMAGES[:0], "labels": _LABELS[:0]}, DataError, "no images"),
+        ({"inputs": _IMAGES * float("nan")}, DataError, "NaN"),
+        ({"inputs": _IMAGES.numpy()}, ConfigError, "images are a ndarray"),
+        ({"labels": _LABELS.tolist()}, ConfigError, "labels are a list"),
+        ({"labels": _LABELS[:2]}, ConfigError, "do not fit"),
+        ({"labels": _LABELS.double()}, ConfigError, "whole numbers"),
+        ({"labels": _LABELS + 1}, DataError, "labels go from 1 to 4"),
+        ({"labels": _LABELS - 1}, DataError, "labels go from -1 to 2"),
+        ({"defense": "clip"}, ConfigError, "defense is a str"),
+        ({"defense": None}, ConfigError, "defense is a NoneType"),
+        ({"defense": Seeing}, ConfigError, "defense is the class Seeing"),
+        ({"lr": 1e308}, ModelError, "training diverged"),
+    ],
+)
+def test_what_cannot_be_trained_is_one_sentence_and_changes_nothing(
+    change: dict[str, Any], kind: type[KeyholeError], said: str
+) -> None:
+    model, where = make(), context()
+    given = {
+        "defense": chain(),
+        "inputs": _IMAGES,
+        "labels": _LABELS,
+        "context": where,
+        "lr": 0.5,
+        "epochs": 4,
+    } | change
+    with pytest.raises(kind, match=said):
+        defended_training(model, **given)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), make().parameters(), strict=True))
+    assert not where.state

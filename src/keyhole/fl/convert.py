@@ -7,7 +7,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, RecordDict
 from torch import nn
 
 from keyhole.core.types import Tensors
-from keyhole.errors import ModelError, Refused
+from keyhole.errors import ConfigError, ModelError, Refused
 
 _STATE = "keyhole.state."
 _ROUNDS = "keyhole.rounds"
@@ -60,6 +60,16 @@ def model_record(content: RecordDict, names: frozenset[str], whose: str) -> tupl
         keys = " and ".join(f"'{key}'" for key, _ in found)
         raise Refused(f"{whose} has parameters of the model in several array records, {keys}; one is needed.")
     return found[0]
+
+
+def check_images(inputs: object, labels: object) -> None:
+    """Raise `ConfigError` unless these are tensors of images and of as many labels."""
+    for what, value in (("images", inputs), ("labels", labels)):
+        if not isinstance(value, torch.Tensor):
+            raise ConfigError(f"{what} are a {type(value).__name__}; a torch.Tensor is needed.")
+    assert isinstance(inputs, torch.Tensor) and isinstance(labels, torch.Tensor)
+    if inputs.dim() < 2 or inputs.shape[0] != labels.numel():
+        raise ConfigError(f"{tuple(inputs.shape)} images and {labels.numel()} labels do not fit.")
 
 
 def kept_state(context: Context) -> tuple[dict[str, Tensors], int]:

@@ -53,6 +53,7 @@ class DefenseMod:
     """
 
     def __init__(self, defense: Defense, model: nn.Module | Task, *, seed: int | None = None) -> None:
+        check_defense(defense)
         other = _other_hook(defense)
         if other is not None:
             name = type(defense).__name__
@@ -133,6 +134,13 @@ def round_key(seed: int | None, client: int, number: int) -> Key:
 def fresh_key() -> Key:
     """64 bits from the operating system."""
     return torch.tensor([secrets.randbits(32), secrets.randbits(32)], dtype=torch.int64)
+
+
+def check_defense(defense: object) -> None:
+    """Raise `ConfigError` unless it is a defense; its name or its class are none."""
+    if not isinstance(defense, Defense):
+        kind = f"the class {defense.__name__}" if isinstance(defense, type) else f"a {type(defense).__name__}"
+        raise ConfigError(f"defense is {kind}; a defense is needed, such as GaussianNoise(std=0.01).")
 
 
 def tell_of_server(defense: Defense) -> None:

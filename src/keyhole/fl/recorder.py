@@ -27,7 +27,7 @@ from keyhole.experiment.transcript import (
     client_file,
     round_folder,
 )
-from keyhole.fl.convert import to_tensors
+from keyhole.fl.convert import check_images, to_tensors
 from keyhole.solve.files import tensors_as_bytes, write_whole
 
 _LOG = logging.getLogger("keyhole.fl")
@@ -246,14 +246,13 @@ def record_batches(directory: str | os.PathLike[str], message: Message, inputs: 
         labels: their classes, (n,).
 
     Raises:
-        ConfigError: the message names no round, or images and labels differ in number.
+        ConfigError: the message names no round; or images and labels are no tensors, or differ in number.
         StoreError: the folder cannot be written.
     """
     rounds = [one["server-round"] for one in message.content.config_records.values() if "server-round" in one]
     if not rounds:
         raise ConfigError("the message has no 'server-round' in its config, so that its secrets have no place.")
-    if inputs.shape[0] != labels.numel() or inputs.dim() < 2:
-        raise ConfigError(f"{tuple(inputs.shape)} images and {labels.numel()} labels do not fit.")
+    check_images(inputs, labels)
     place = Path(directory) / round_folder(int(str(rounds[0])))
     data = tensors_as_bytes({"inputs": inputs, "labels": labels.reshape(-1).to(torch.int64)})
     try:

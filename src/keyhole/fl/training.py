@@ -11,10 +11,10 @@ from keyhole.core.defense import Context, Defense, defended_gradient
 from keyhole.core.keys import fold_in
 from keyhole.core.rule import LocalSGD
 from keyhole.core.task import Bounds, Task, weights_of
-from keyhole.core.types import Batch
-from keyhole.errors import ConfigError, check_range
-from keyhole.fl.convert import keep_state, kept_state
-from keyhole.fl.mods import client_number, round_key, tell_of_server
+from keyhole.core.types import Batch, Weights
+from keyhole.errors import ConfigError, DataError, ModelError, check_range
+from keyhole.fl.convert import check_images, keep_state, kept_state
+from keyhole.fl.mods import check_defense, client_number, round_key, tell_of_server
 from keyhole.solve.files import digest
 
 _IMAGES = "keyhole.images"
@@ -43,11 +43,16 @@ def defended_training(
     Plain SGD in a fresh random order each epoch, as `keyhole.core.rule.LocalSGD`; the last batch may be smaller. What
     the defense keeps between rounds is kept in ``context.state``. Do not add a `DefenseMod` of the same defense.
 
+    Frozen parameters (``requires_grad=False``) stay as received, to the last bit. To the defense they are no part of
+    the update: it neither noises them nor counts them in a norm or in a share of entries to keep.
+
+    Where this raises, the model and what the defense keeps are as they were.
+
     Args:
         model: as received from the server; ends linear, gives logits.
         defense: any that leaves the model's parameters as they are.
-        inputs: all images of the round as the model reads them, (n, *shape).
-        labels: their classes, (n,).
+        inputs: all images of the round as the model reads them, (n, *shape), at least one.
+        labels: their classes as whole numbers, (n,).
         context: the client's.
         lr: learning rate, above 0.
         epochs: passes over the images, at least 1.
@@ -62,11 +67,23 @@ def defended_training(
         seed: for simulations only; by default the operating system gives 64 bits of randomness.
 
     Raises:
-        ConfigError: the defense adds or drops parameters of the model, so that server and clients would differ, or the
-            round is below 1.
-        ModelError: see `Task.of`.
+        ConfigError: the defense is none, adds or drops parameters of the model, so that server and clients would
+            differ, or acts on a frozen one; all are frozen; images and labels do not fit; or the round is below 1.
+        DataError: there are no images, some are not finite, or labels are not the model's classes.
+        ModelError: see `Task.of`; or training diverged, so that the update is not finite.
     """
     check_range("round", 1 if round is None else round, 1)
+    check_defense(defense)
+    check_images(inputs, labels)
+    if not len(inputs):
+        raise DataError("there are no images to train on.")
+    if not torch.isfinite(inputs).all():
+        raise DataError("the images hold NaN or infinity.")
+    if labels.is_floating_point():
+        raise ConfigError(f"labels are {labels.dtype}; whole numbers are needed.")
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if not trained:
+        raise ConfigError("all parameters of the model are frozen (requires_grad=False); there is nothing to train.")
     heads = [module for module in model.modules() if isinstance(module, nn.Linear)]
     shape = tuple(inputs.shape[1:])
     bounds = Bounds.of(mean or (0.0,) * shape[0], std or (1.0,) * shape[0], inputs.dtype)
@@ -83,7 +100,10 @@ def defended_training(
     # In their order, as what a defense made of the images last time is kept in that order.
     images = digest({"inputs": inputs, "labels": labels})
     before = context.state.config_records.get(_IMAGES, {"digest": ""})["digest"]
-    weights = weights_of(model, inputs.dtype)
+    whole = weights_of(model, inputs.dtype)
+    # A gradient is only taken by parameters; what is frozen is run with all the same.
+    frozen = {name: value for name, value in whole.params.items() if name not in trained}
+    weights = Weights({name: whole.params[name] for name in trained}, {**whole.buffers, **frozen})
     ctx = Context(
         task,
         weights,
@@ -96,13 +116,25 @@ def defended_training(
         state=state,
         recorded=False,
     )
-    targets = nn.functional.one_hot(labels, classes).to(inputs.dtype)
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= classes:
+        raise DataError(f"labels go from {low} to {high}; the model has classes 0 to {classes - 1}.")
+    targets = nn.functional.one_hot(labels.long(), classes).to(inputs.dtype)
     batch = defense.on_batch(Batch(inputs, targets, torch.full_like(targets[:, 0], 1.0 / len(inputs))), ctx)
     rule = LocalSGD(epochs, lr, batch_size, "shuffled")
-    upload = rule(defended_gradient(task, defense, ctx), weights, batch, fold_in(key, "client"))
+    try:
+        upload = rule(defended_gradient(task, defense, ctx), weights, batch, fold_in(key, "client"))
+    except KeyError as error:
+        if error.args[0] in frozen:
+            raise ConfigError(f"{type(defense).__name__} acts on '{error.args[0]}', which is frozen.") from error
+        raise
     update = defense.on_update(upload.update, ctx)
+    for name in trained:
+        if not torch.isfinite(update[name]).all():
+            raise ModelError(f"training diverged: the update of '{name}' is not finite; lower the learning rate.")
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.sub_(update[name].to(parameter.dtype))
+        parameters = dict(model.named_parameters())
+        for name in trained:
+            parameters[name].sub_(update[name].to(parameters[name].dtype))
     keep_state(context, ctx.state, rounds + 1)
     context.state[_IMAGES] = ConfigRecord({"digest": images})
