@@ -205,6 +205,84 @@ def test_parameters_in_a_second_record_cannot_slip_through() -> None:
     assert "several array records" in str(reply.error.reason)
 
 
+def with_second(key: str, names: str, sent: list[Any]) -> Any:
+    """An app whose replies carry the trained weights a second time, under other names perhaps."""
+
+    def train(message: Message, where: Context) -> Message:
+        record = ArrayRecord(trained(to_tensors(message.content["arrays"])))
+        reply = answer(message, record)
+        reply.content[key] = ArrayRecord({names + name: array for name, array in record.items()})
+        sent.append({name: array.data for name, array in reply.content[key].items()})
+        return reply
+
+    return train
+
+
+@pytest.mark.parametrize("names", ["model.", ""])
+def test_a_second_record_of_arrays_leaves_only_by_name(names: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Also where its arrays are named as the model's parameters are, as the control variates of SCAFFOLD."""
+    model, defense, sent = make_model(), DEFENSES.build("clip", norm=1e-3), []
+    start = to_tensors(ArrayRecord(model.state_dict()))
+    where = context()
+    for mod in (DefenseMod(defense, model), DefenseMod(defense, model, allow=("other",))):
+        reply = mod(ask(model), where, with_second("raw", names, sent))
+        assert reply.has_error() and not reply.has_content() and not where.state
+    if names:
+        assert "'raw' beside the model's" in str(reply.error.reason) and "allow=('raw',)" in str(reply.error.reason)
+    assert "undefended: other" in caplog.text
+    allowed = DefenseMod(defense, model, allow=("raw",))(ask(model), where, with_second("raw", names, sent))
+    assert (start["4.weight"] - arrays(allowed)["4.weight"]).norm() <= 1.01e-3
+    assert {name: array.data for name, array in allowed.content["raw"].items()} == sent[-1]
+
+
+def test_what_is_allowed_is_never_the_models_record() -> None:
+    model = make_model()
+    mod = DefenseMod(DEFENSES.build("clip"), model, allow=("arrays",))
+    assert "no arrays" in str(run(mod, model, context()).error.reason)
+    with pytest.raises(ConfigError, match=r"allow=\('arrays',\)"):
+        DefenseMod(DEFENSES.build("clip"), model, allow="arrays")  # type: ignore[arg-type]
+
+
+def test_an_app_may_keep_some_layers_to_itself() -> None:
+    """Federated personalisation: the head never leaves, and the body that does is defended."""
+    model = make_model()
+
+    def train(message: Message, where: Context) -> Message:
+        moved = trained(to_tensors(message.content["arrays"]))
+        return answer(message, ArrayRecord({n: t for n, t in moved.items() if not n.startswith("4.")}))
+
+    got = arrays(DefenseMod(DEFENSES.build("clip", norm=1e-3), model)(ask(model), context(), train))
+    assert set(got) == {name for name in model.state_dict() if not name.startswith("4.")}
+    assert 0 < (model.state_dict()["0.weight"] - got["0.weight"]).norm() <= 1.01e-3
+
+
+def test_frozen_layers_come_back_as_they_were_and_are_no_part_of_the_update() -> None:
+    model, seen = make_model(), []
+    model[0].requires_grad_(False)
+
+    class Noise(Defense):
+        def on_update(self, update: Tensors, ctx: core.Context) -> Tensors:
+            seen.append((set(update), set(ctx.weights.params)))
+            return {name: value + 1 for name, value in update.items()}
+
+    def train(message: Message, where: Context) -> Message:
+        state = to_tensors(message.content["arrays"])
+        moved = trained(state)
+        body = {name: state[name] for name in state if name.startswith("0.")}
+        return answer(message, ArrayRecord({**moved, **(body if honest else {})}))
+
+    mod, honest = DefenseMod(Noise(), model), True
+    got = arrays(mod(ask(model), context(), train))
+    assert torch.equal(got["0.weight"], model.state_dict()["0.weight"])
+    assert (got["4.weight"] - model.state_dict()["4.weight"]).abs().min() > 0.5
+    assert seen == [({"1.weight", "1.bias", "4.weight", "4.bias"},) * 2]
+    honest = False
+    reply = mod(ask(model), context(), train)
+    assert "changes '0." in str(reply.error.reason) and "frozen" in str(reply.error.reason)
+    with pytest.raises(ConfigError, match="nothing to defend"):
+        DefenseMod(Noise(), make_model().requires_grad_(False))
+
+
 def test_other_messages_pass_unless_they_carry_arrays() -> None:
     model = make_model()
     mod = DefenseMod(DEFENSES.build("clip"), model)

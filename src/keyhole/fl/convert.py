@@ -42,18 +42,22 @@ def parameter_names(model: nn.Module) -> tuple[str, ...]:
     return tuple(name for name in names.values() if name in sent and sent[name].is_floating_point())
 
 
-def model_record(content: RecordDict, names: frozenset[str], whose: str) -> tuple[str, ArrayRecord]:
+def model_record(
+    content: RecordDict, names: frozenset[str], whose: str, beside: frozenset[str] = frozenset()
+) -> tuple[str, ArrayRecord]:
     """The one array record with any of the model's parameters, and the key it is under.
 
     Args:
         content: what a message carries.
         names: the model's parameters.
         whose: what the message is, for errors.
+        beside: keys of records that are something else, whatever their arrays are named.
 
     Raises:
         Refused: there is none, or more than one.
     """
-    found = [(key, record) for key, record in content.array_records.items() if names & set(record)]
+    records = content.array_records.items()
+    found = [(key, record) for key, record in records if key not in beside and names & set(record)]
     if not found:
         raise Refused(f"{whose} has no arrays named as the model's parameters, such as '{min(names)}'.")
     if len(found) > 1:

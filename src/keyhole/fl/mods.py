@@ -7,8 +7,8 @@ import logging
 import secrets
 
 import torch
+from flwr.app import ArrayRecord, Error, Message, MessageType, RecordDict
 from flwr.app import Context as FlowerContext
-from flwr.app import Error, Message, MessageType
 from flwr.clientapp.typing import ClientAppCallable
 from flwr.common.constant import ErrorCode
 from torch import nn
@@ -29,11 +29,15 @@ class DefenseMod:
     """A defense that acts on what leaves the client, between the app's training and the network.
 
     With the weights w that arrived and those v that the app returns, the reply carries ``w - defense(w - v)``. The
-    defense acts on floating-point parameters. Buffers (such as BatchNorm's running statistics), other records and
-    metrics leave as the app made them: they are not protected, and BatchNorm's statistics do tell of the images.
+    defense acts on the floating-point parameters that are trained. Buffers (such as BatchNorm's running statistics),
+    config records and metrics leave as the app made them: they are not protected, and BatchNorm's statistics do tell of
+    the images. Frozen parameters (``requires_grad=False`` in ``model``) must come back as they arrived, and stay so;
+    they are no part of the update.
 
-    **It fails closed.** Where the defense cannot be applied the reply is an error, never the bare update; an app that
-    returns arrays from another message than a training one gets an error too.
+    **It fails closed.** Where the defense cannot be applied the reply is an error, never the bare update. Arrays in a
+    record beside the model's, or in the answer to another message than a training one, are an error too, unless
+    ``allow`` names the record. An app may return some of the model's arrays and keep the others, as in federated
+    personalisation.
 
     What a defense keeps between rounds is kept in Flower's ``Context.state``, which never leaves the client.
 
@@ -41,18 +45,22 @@ class DefenseMod:
         defense: one that acts on the update alone; a defense of images, loss or gradients must be in the training loop.
         model: the module that is trained, for the names of its parameters and BatchNorm layers; a `Task` where the
             defense asks for more of it. It is copied.
+        allow: keys of further array records that leave as the app made them, such as ``("variates",)``: no defense acts
+            on them, and what is in them is not looked at. A log line says so.
         seed: for simulations only. By default 64 bits from the operating system make a fresh key in each round; whoever
             knows a seed, such as the server, can draw the same noise and take it off. A log line says so in each round.
 
     Raises:
-        ConfigError: the defense does not act on the update alone.
+        ConfigError: the defense is none, or does not act on the update alone; or the model has nothing to train.
 
     Example::
 
         app = ClientApp(mods=[DefenseMod(GaussianNoise(std=0.01), model=Net())])
     """
 
-    def __init__(self, defense: Defense, model: nn.Module | Task, *, seed: int | None = None) -> None:
+    def __init__(
+        self, defense: Defense, model: nn.Module | Task, *, allow: tuple[str, ...] = (), seed: int | None = None
+    ) -> None:
         check_defense(defense)
         other = _other_hook(defense)
         if other is not None:
@@ -60,9 +68,18 @@ class DefenseMod:
             raise ConfigError(f"{name} acts in {other}, which a mod cannot do: it only sees the trained weights.")
         self.defense, self.seed = defense, seed
         self.task = model if isinstance(model, Task) else _task_of(model)
-        self.names = frozenset(parameter_names(self.task.model))
+        trained = {name: p.requires_grad for name, p in self.task.model.named_parameters()}
+        named = parameter_names(self.task.model)
+        self.names, self.frozen = (frozenset(n for n in named if trained[n] is kind) for kind in (True, False))
         if not self.names:
-            raise ConfigError("the model has no floating-point parameters to defend.")
+            raise ConfigError(
+                "the model has no floating-point parameters that are trained; there is nothing to defend."
+            )
+        if isinstance(allow, str):
+            raise ConfigError(f"allow is '{allow}'; the keys of records are needed, as in allow=('{allow}',).")
+        self.allow = frozenset(allow)
+        if self.allow:
+            _LOG.warning("Array records that leave as they are, undefended: %s.", ", ".join(sorted(self.allow)))
         tell_of_server(defense)
 
     def __call__(self, message: Message, context: FlowerContext, call_next: ClientAppCallable) -> Message:
@@ -70,7 +87,7 @@ class DefenseMod:
         try:
             training = message.metadata.message_type.partition(".")[0] == MessageType.TRAIN
             # Before the app runs, as it may write into the message.
-            received = to_tensors(model_record(message.content, self.names, "the message")[1]) if training else {}
+            received = to_tensors(self._record(message.content, "the message")[1]) if training else {}
             number = _round(message)
         except Exception as error:
             return _refusal(message, error)
@@ -81,7 +98,7 @@ class DefenseMod:
         try:
             if training:
                 self._defend(received, reply, context, number)
-            elif reply.content.array_records:
+            elif set(reply.content.array_records) - self.allow:
                 raise Refused("the reply has arrays, but does not answer a training message; no defense acts on them.")
         except Exception as error:
             return _refusal(message, error)
@@ -89,9 +106,14 @@ class DefenseMod:
 
     def _defend(self, received: Tensors, reply: Message, context: FlowerContext, number: int | None) -> None:
         """Replace the parameters in a reply; it is changed only once everything has worked."""
-        place, record = model_record(reply.content, self.names, "the reply")
+        place, record = self._record(reply.content, "the reply")
+        for extra in sorted(set(reply.content.array_records) - self.allow - {place}):
+            raise Refused(
+                f"the reply has the array record '{extra}' beside the model's, and no defense acts on it; "
+                f"DefenseMod(..., allow=('{extra}',)) lets it leave as it is."
+            )
         returned = to_tensors(record)
-        _check(received, returned, set(self.task.model.state_dict()))
+        _check(received, returned, set(self.task.model.state_dict()), self.frozen)
         sent = [name for name in returned if name in self.names]
         state, rounds = kept_state(context)
         number = rounds + 1 if number is None else number
@@ -116,6 +138,9 @@ class DefenseMod:
         defended_record = to_record(leaving, record)
         keep_state(context, ctx.state, rounds + 1)
         reply.content[place] = defended_record
+
+    def _record(self, content: RecordDict, whose: str) -> tuple[str, ArrayRecord]:
+        return model_record(content, self.names, whose, self.allow)
 
 
 def client_number(context: FlowerContext) -> int:
@@ -167,7 +192,7 @@ def _task_of(model: nn.Module) -> Task:
     return Task(copy.deepcopy(model), cross_entropy, (), 0, Bounds.of((0.0,), (1.0,)), "", scales, norms)
 
 
-def _check(received: Tensors, returned: Tensors, known: set[str]) -> None:
+def _check(received: Tensors, returned: Tensors, known: set[str], frozen: frozenset[str]) -> None:
     for unknown in sorted(set(returned) - known):
         # It could be a parameter of the app's real model, and would leave as it is.
         raise Refused(f"the reply has '{unknown}', which the model given to the mod has not.")
@@ -179,6 +204,8 @@ def _check(received: Tensors, returned: Tensors, known: set[str]) -> None:
             raise Refused(f"the reply has '{name}' with shape {shapes}.")
         if not torch.isfinite(value).all():
             raise Refused(f"the reply has '{name}' with values that are not finite.")
+        if name in frozen and (value != received[name]).any():
+            raise Refused(f"the reply changes '{name}', which is frozen (requires_grad=False) in the mod's model.")
 
 
 def _round(message: Message) -> int | None:

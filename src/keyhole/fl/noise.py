@@ -36,7 +36,8 @@ class ServerNoise(Strategy):
     Args:
         strategy: one that takes a mean: FedAvg, FedProx, FedAvgM, FedAdam, FedYogi or FedAdagrad.
         defense: what the clients use.
-        model: the module that is trained, for the names of its parameters.
+        model: the module that is trained, for the names of its parameters. All get noise, frozen ones too, as the
+            server cannot know what its clients trained.
         seed: for simulations only; by default the operating system gives 64 bits of randomness in each round.
 
     Raises:
