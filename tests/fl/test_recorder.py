@@ -190,6 +190,34 @@ def test_the_limit_ends_the_recording_and_not_the_training(transcript: Path, tmp
     assert "round 2 would take the transcript over" in found.about["stopped"]
 
 
+def test_clients_are_written_one_by_one_and_nothing_is_copied_that_cannot_be_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server whose replies only just fit into memory goes on training."""
+    from keyhole.fl import recorder
+
+    made, write, done = recorder.tensors_as_bytes, recorder.write_whole, []
+
+    def writes(path: Path, content: bytes) -> None:
+        done.append(f"wrote {path.stem}")
+        write(path, content)
+
+    monkeypatch.setattr(recorder, "tensors_as_bytes", lambda tensors: done.append("copied") or made(tensors))
+    monkeypatch.setattr(recorder, "write_whole", writes)
+    federate(Recorder(quiet(), tmp_path / "whole"), 1)
+    files = [f"wrote {name}" for name in ("weights", "client-1000", "client-1001", "client-1002")]
+    assert done == ["wrote transcript", *(step for file in files for step in ("copied", file)), "wrote round"]
+    # With room for the weights and the first client's update, and no more.
+    room = sum(
+        (tmp_path / f"whole/round-0001/{name}.safetensors").stat().st_size for name in ("weights", "client-1000")
+    )
+    for limit, copied in ((room, 2), (1, 0)):
+        done.clear()
+        federate(Recorder(quiet(), tmp_path / f"{limit}", max_bytes=limit), 1)
+        assert done.count("copied") == copied
+        assert [path.name for path in (tmp_path / f"{limit}").iterdir()] == ["transcript.json"]
+
+
 def test_a_full_disk_ends_the_recording_and_leaves_no_half_a_round(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +167,38 @@ class Recorder(Strategy):
             self._sent[message.metadata.dst_node_id] = (*known, config)
 
     def _write(self, number: int, replies: list[Message]) -> None:
-        files: dict[str, bytes] = {}
+        """A folder for the round, file by file: beside the replies memory holds one client's update at a time."""
+        place = self.folder / round_folder(number)
+        partial = place.with_suffix(".partial")
+        sizes: dict[str, int] = {}
+
+        def check(more: int) -> None:
+            if self._used + sum(sizes.values()) + more > self.max_bytes:
+                raise StoreError(f"round {number} would take the transcript over {self.max_bytes} bytes.")
+
+        def keep(name: str, tensors: Tensors) -> None:
+            # Before they are copied, too: where it is full there may be no memory either.
+            check(sum(tensor.nbytes for tensor in tensors.values()))
+            data = tensors_as_bytes(tensors)
+            check(len(data))
+            write_whole(partial / name, data)
+            sizes[name] = len(data)
+
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            partial.mkdir(mode=0o700)
+            clients = self._keep_clients(replies, keep)
+            about = as_json({"round": number, "clients": clients, "files": sizes})
+            check(len(about))
+            write_whole(partial / ROUND, about)
+            partial.rename(place)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        self._sent = {}
+        self._used += sum(sizes.values()) + len(about)
+
+    def _keep_clients(self, replies: list[Message], keep: Callable[[str, Tensors], None]) -> list[dict[str, Any]]:
+        """Keep what clients were sent and how far they moved; returns what is said of each."""
         names: dict[int, str] = {}
         clients: list[dict[str, Any]] = []
         # SuperLink answers in its own name for a node that is gone.
@@ -187,8 +218,8 @@ class Recorder(Strategy):
                 continue
             if id(record) not in names:
                 names[id(record)] = f"weights{f'-{len(names) + 1}' if names else ''}.safetensors"
-                files[names[id(record)]] = tensors_as_bytes(sent)
-            files[client_file(str(node))] = tensors_as_bytes(update)
+                keep(names[id(record)], sent)
+            keep(client_file(str(node)), update)
             metrics = {k: v for one in reply.content.metric_records.values() for k, v in one.items()}
             told |= {
                 "weights": names[id(record)],
@@ -198,24 +229,7 @@ class Recorder(Strategy):
                 "metrics": metrics,
             }
         silent = sorted(set(self._sent) - set(nodes))
-        clients += [{"client": str(node), "error": "no reply came."} for node in silent]
-        about = {"round": number, "clients": clients, "files": {name: len(data) for name, data in files.items()}}
-        files[ROUND] = as_json(about)
-        self._sent = {}
-        size = sum(map(len, files.values()))
-        if self._used + size > self.max_bytes:
-            raise StoreError(f"round {number} would take the transcript over {self.max_bytes} bytes.")
-        place = self.folder / round_folder(number)
-        partial = place.with_suffix(".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        try:
-            partial.mkdir(mode=0o700)
-            for name, data in files.items():
-                write_whole(partial / name, data)
-            partial.rename(place)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-        self._used += size
+        return clients + [{"client": str(node), "error": "no reply came."} for node in silent]
 
 
 def _never_sent() -> Any:
