@@ -81,6 +81,8 @@ class Trained:
     """Share of clients whose first update the defense changed beyond rounding; NaN without a defense."""
     seen: int = 0
     """Most gradients in a round into which one image goes."""
+    tested: int = 0
+    """Held-out images behind each accuracy."""
 
     @property
     def accuracy(self) -> float:
@@ -258,7 +260,7 @@ class Problem:
         defense = build_defense(run.defense) if run.defense else None
         task = plain if defense is None else defense.on_task(plain)
         start = fit_weights(task, bare_start)
-        run.seen = self.seen(run.seed)
+        run.seen, run.tested = self.seen(run.seed), len(self.test[1])
         key = training_key(run.seed)
         strategy = self._server(run.defense, key)
         weights, memory, states = _resume(run, start) or (start, None, None)

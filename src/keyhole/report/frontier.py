@@ -22,12 +22,12 @@ from keyhole.report.tables import Line
 from keyhole.report.text import NOTHING, rated
 from keyhole.report.training import (
     accuracy_in_words,
+    accuracy_of,
     by_defense,
     change,
     cost,
     epsilon_in_words,
     guarantee,
-    over_seeds,
     points_in_words,
     remarks,
     write_training,
@@ -36,10 +36,10 @@ from keyhole.report.verdict import FELL_FROM, NOT_BROKEN_UP_TO, percent
 from keyhole.report.write import read_audit
 
 NOTE = (
-    "Accuracy: on held-out images after the last round, with the interval over trainings; in points to no defense, "
-    "paired by seed. Worst leak rate: the highest of all attackers, naive or adaptive, at all audited rounds. Epsilon: "
-    "of the whole training, an image as the unit. Bound: on what any attack can recover from the audited updates and "
-    "all rounds before them."
+    "Accuracy: on held-out images after the last round, with the wider of the intervals over trainings and over these "
+    "images; in points to no defense, paired by seed. Worst leak rate: the highest of all attackers, naive or "
+    "adaptive, at all audited rounds, with that attacker's interval. Epsilon: of the whole training, an image as the "
+    "unit. Bound: on what any attack can recover from the audited updates and all rounds before them."
 )
 HEAD = (
     "defense", "accuracy (95 %)", "points to no defense (95 %)", "worst leak rate (95 %)", "at", "worst attacker",
@@ -93,7 +93,7 @@ def points(plan: TrainingPlan, done: Sequence[Trained], report: Report) -> list[
         found.append(
             Point(
                 defense=name,
-                accuracy=over_seeds([run.accuracy for run in runs]),
+                accuracy=accuracy_of(runs),
                 change=change(name, trained),
                 leak_rate=Estimate() if worst is None else worst.leak_rate,
                 round=None if worst is None else where[worst.setting].round,
@@ -181,7 +181,7 @@ def rows_json(plan: TrainingPlan, done: Sequence[Trained], report: Report) -> di
         place = where[row["setting"]]
         under = row["defense"] if place.defense is None else defense_name(plan.defenses[place.defense])
         row["trained_under"] = under
-        row["accuracy"] = plain(asdict(over_seeds([run.accuracy for run in runs[under]])))
+        row["accuracy"] = plain(asdict(accuracy_of(runs[under])))
         row["round"] = place.round
         row["epsilon"] = plain(guarantee(runs[row["defense"]]))
     found = points(plan, done, report)
