@@ -201,8 +201,8 @@ def frontier_command(
         )
     table, answer, html = write_frontier(plan, done, folder)
     _print_table([(*line[:4], *line[6:8]) for line in table])
-    for said in (*remarks(done), answer):
-        out.print(f"\n{said}", highlight=False, markup=False)
+    for said in (*remarks(done), *answer):
+        out.print(said, highlight=False, markup=False)
     out.print(f"\nReport: {html.resolve()}", highlight=False, soft_wrap=True)
 
 

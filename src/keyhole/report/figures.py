@@ -11,7 +11,6 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -267,6 +266,6 @@ def leaks_by_round(
                 aside = apart * (number - (len(lines) - 1) / 2)
                 rounds, rates = zip(*((n + aside, 100 * rate.value) for n, rate in each), strict=True)
                 axes.plot(rounds, rates, label=f"{number + 1}: {name}", linewidth=1.4, markersize=5, **_look(number))
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xticks(sorted({n for _, each in lines for n, _ in each}))
         axes.set(ylim=(-3, 103), xlabel=x, ylabel=y)
         return _saved(figure)

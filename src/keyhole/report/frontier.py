@@ -37,12 +37,13 @@ from keyhole.report.write import read_audit
 
 NOTE = (
     "Accuracy: on held-out images after the last round, with the wider of the intervals over trainings and over these "
-    "images; in points to no defense, paired by seed. Worst leak rate: the highest of all attackers, naive or "
-    "adaptive, at all audited rounds, with that attacker's interval. Epsilon: of the whole training, an image as the "
-    "unit. Bound: on what any attack can recover from the audited updates and all rounds before them."
+    "images. Change: to the trainings without a defense, paired by seed. Worst leak rate: the highest of all "
+    "attackers, naive or adaptive, at all audited rounds, with that attacker's interval. Epsilon: of the whole "
+    "training, an image as the unit. Bound: on what any attack can recover from the audited updates and all rounds "
+    "before them."
 )
 HEAD = (
-    "defense", "accuracy (95 %)", "points to no defense (95 %)", "worst leak rate (95 %)", "at", "worst attacker",
+    "defense", "accuracy (95 %)", "change in points (95 %)", "worst leak rate (95 %)", "at", "worst attacker",
     "epsilon", "bound on any attack", "MB sent up", "client seconds a round",
 )  # fmt: skip
 
@@ -135,8 +136,8 @@ def frontier_table(found: Sequence[Point]) -> list[Line]:
     return lines
 
 
-def answer(found: Sequence[Point]) -> str:
-    """Which defenses held and what they cost, in sentences; within each group the most accurate first."""
+def answer(found: Sequence[Point]) -> list[str]:
+    """Which defenses held and what they cost, a sentence for each group; within it the most accurate first."""
     said = []
     groups: dict[str, list[Point]] = {title: [] for title, _ in GROUPS}
     for point in found:
@@ -152,7 +153,7 @@ def answer(found: Sequence[Point]) -> str:
         if own:
             names = (_priced(p) for p in sorted(own, key=lambda p: -p.accuracy.value))
             said.append(f"{title}: {', '.join(names)}.")
-    return " ".join(said)
+    return said
 
 
 GROUPS: tuple[tuple[str, Callable[[float], bool]], ...] = (
@@ -185,11 +186,11 @@ def rows_json(plan: TrainingPlan, done: Sequence[Trained], report: Report) -> di
         row["round"] = place.round
         row["epsilon"] = plain(guarantee(runs[row["defense"]]))
     found = points(plan, done, report)
-    given = {"answer": answer(found), "points": plain([asdict(p) for p in found]), "remarks": remarks(done)}
+    given = {"answer": " ".join(answer(found)), "points": plain([asdict(p) for p in found]), "remarks": remarks(done)}
     return {**whole, "kind": "frontier", **given}
 
 
-def write_frontier(plan: TrainingPlan, done: Sequence[Trained], folder: Path) -> tuple[list[Line], str, Path]:
+def write_frontier(plan: TrainingPlan, done: Sequence[Trained], folder: Path) -> tuple[list[Line], list[str], Path]:
     """Write ``train.json``, ``report.json`` and ``report.html``; returns the table, the answer and the page."""
     settings, outcomes = read_audit(folder / "audit")
     report = summarize(settings, outcomes)

@@ -21,7 +21,7 @@ from keyhole.report.tables import Line
 from keyhole.report.text import NOTHING
 
 HEAD = (
-    "defense", "test accuracy (95 %)", "points to no defense (95 %)", "training loss", "epsilon", "MB sent up",
+    "defense", "test accuracy (95 %)", "change in points (95 %)", "training loss", "epsilon", "MB sent up",
     "client seconds a round",
 )  # fmt: skip
 
