@@ -13,7 +13,7 @@ from scipy import stats
 
 from keyhole.core.registry import INVERSIONS
 from keyhole.core.trial import Spec
-from keyhole.experiment.invert import ATTACK, Inversions, Row
+from keyhole.experiment.inversion_judge import ATTACK, Inversions, Row
 from keyhole.experiment.training_plan import parse_training
 from keyhole.inversion.evaluate import Scores
 from keyhole.report.intervals import Estimate

@@ -12,7 +12,7 @@ from typing import Any
 from keyhole.core.registry import INVERSIONS
 from keyhole.core.trial import Spec
 from keyhole.experiment.audit import versions
-from keyhole.experiment.invert import ATTACK, Inversions, Row
+from keyhole.experiment.inversion_judge import ATTACK, Inversions, Row
 from keyhole.experiment.store import Store
 from keyhole.experiment.train import Trained
 from keyhole.experiment.training_plan import TrainingPlan
