@@ -31,7 +31,7 @@ from keyhole.experiment.inversion_judge import ATTACK, CONTROLS, Inversions, Jud
 from keyhole.experiment.invert import global_networks, invert_rounds, public_images
 from keyhole.experiment.train import Problem
 from keyhole.experiment.training_plan import TrainingPlan, parse_training
-from keyhole.inversion import gan
+from keyhole.inversion import gan_training
 from keyhole.inversion.gmi import GMI
 from keyhole.report.inversion import write_inversions
 from keyhole.zoo.models import build_model
@@ -232,7 +232,7 @@ def test_equal_runs_give_equal_images(
 def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What is made from here on: cells, rounds and steps of GANs."""
     calls: list[str] = []
-    search, descend, rounds = inversion_attacker.invert, gan._Training._descend, Problem.train
+    search, descend, rounds = inversion_attacker.invert, gan_training._Training._descend, Problem.train
 
     def spy_search(*given: Any, **more: Any) -> Any:
         calls.append("cell")
@@ -249,7 +249,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return rounds(self, run, heard, *given)
 
     monkeypatch.setattr(inversion_attacker, "invert", spy_search)
-    monkeypatch.setattr(gan._Training, "_descend", spy_descend)
+    monkeypatch.setattr(gan_training._Training, "_descend", spy_descend)
     monkeypatch.setattr(Problem, "train", spy_train)
     return calls
 
@@ -295,7 +295,7 @@ def test_an_interrupted_gan_goes_on_after_its_last_checkpoint(
     path, cache = tmp_path / "tiny.toml", tmp_path / "cache"
     path.write_text(tomli_w.dumps(raw()))
     monkeypatch.setenv("KEYHOLE_CACHE", str(cache))
-    monkeypatch.setattr(gan, "CHECKPOINT_STEPS", 4)
+    monkeypatch.setattr(gan_training, "CHECKPOINT_STEPS", 4)
     shown = _Bars.training
 
     def stop(self: _Bars, what: str, fraction: float) -> None:
@@ -613,7 +613,7 @@ def test_bad_input_is_one_sentence(
 ) -> None:  # fmt: skip
     if said is None:
         given, said = few_of_a_class(given), "show none of class 1"
-    monkeypatch.setattr(gan, "_trained", refused)
+    monkeypatch.setattr(gan_training._Training, "__init__", refused)
     monkeypatch.setattr(Problem, "train", refused)
     assert_refused("invert", given, said, tmp_path, capsys)
 
@@ -658,7 +658,7 @@ def test_bad_weights_are_one_sentence(
     monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], None], said: str,
 ) -> None:  # fmt: skip
     """Of the second network too, before any GAN is trained."""
-    monkeypatch.setattr(gan, "_trained", refused)
+    monkeypatch.setattr(gan_training._Training, "__init__", refused)
     change(tmp_path / "seed1-round007.safetensors")
     assert_refused("invert", own(), said, tmp_path, capsys)
 

@@ -6,7 +6,6 @@ Cells are files, ``inversions/DEFENSE/seed-S/round-R-PLACE-ATTACK.safetensors``;
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +20,11 @@ from keyhole.core.tensors import map_tensors
 from keyhole.core.trial import Spec
 from keyhole.core.types import Weights
 from keyhole.errors import KeyholeError, StoreError, cause
-from keyhole.solve.files import write_whole
+from keyhole.solve.files import as_metadata, read_tensors, write_tensors
 from keyhole.zoo.models import load_state
 
 UNTRAINED = "untrained"
 """The round of a network that learned nothing."""
-
-_ACCOUNT = "account"
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,17 +84,7 @@ def taken(target: Target, images: Tensor) -> float:
 
 def write_cell(path: Path, tensors: dict[str, Tensor], account: dict[str, Any]) -> None:
     """Write what was made, and how; raises `StoreError`."""
-    from safetensors.torch import save
-
-    data = save(
-        {name: t.detach().float().cpu().contiguous() for name, t in tensors.items()},
-        metadata={_ACCOUNT: json.dumps(account)},
-    )
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        write_whole(path, data)
-    except OSError as error:
-        raise StoreError(f"cannot write to the output folder '{path.parent}': {error.strerror}.") from error
+    write_tensors(path, {name: tensor.float() for name, tensor in tensors.items()}, as_metadata(account))
 
 
 def write_failed(path: Path, identity: str, error: KeyholeError) -> None:
@@ -107,12 +94,10 @@ def write_failed(path: Path, identity: str, error: KeyholeError) -> None:
 
 def read_cell(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What was made, and how; raises `StoreError` where the file is damaged."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
 
     try:
-        with safe_open(str(path), framework="pt") as file:
-            account = json.loads((file.metadata() or {})[_ACCOUNT])
-            return {name: file.get_tensor(name) for name in file.keys()}, account  # noqa: SIM118  (no dictionary)
+        return read_tensors(path)
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise StoreError(f"'{path}' is damaged ({cause(error)}); remove it, and run the same command again.") from error
 
