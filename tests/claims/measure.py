@@ -20,7 +20,7 @@ import numpy as np
 
 from keyhole.experiment.store import Store
 from keyhole.report.intervals import spread
-from keyhole.report.inversion import difference
+from keyhole.report.inversion_summary import difference
 from keyhole.report.summarize import summarize
 from keyhole.report.write import read_audit
 

@@ -101,6 +101,12 @@ class Inversions:
     private: Tensor | None
     """Some private training images of each class, where the plan shows images."""
 
+    @property
+    def inverting(self) -> Inverting:
+        """The plan's ``[invert]``."""
+        assert self.plan.invert is not None
+        return self.plan.invert
+
 
 class Judge:
     """Trains the evaluator when it is made, and scores cells and their controls.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,6 +44,19 @@ def wilson(share: float, n: int) -> tuple[float, float]:
     centre = (share + _Z**2 / (2 * n)) / scale
     half = _Z / scale * math.sqrt(share * (1 - share) / n + _Z**2 / (4 * n**2))
     return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def wider(*intervals: tuple[float, float]) -> tuple[float, float]:
+    """The widest of some intervals, the first of equals."""
+    return max(intervals, key=lambda pair: pair[1] - pair[0])
+
+
+def student(values: Sequence[float]) -> tuple[float, float]:
+    """The mean, and half the width of its 95 % Student interval; NaN for a single value."""
+    mean = math.fsum(values) / len(values)
+    if len(values) < 2:
+        return mean, math.nan
+    return mean, float(stats.sem(values) * stats.t.ppf(0.975, len(values) - 1))
 
 
 def _resampled(matrix: Matrix) -> tuple[Matrix, Matrix, Matrix]:
@@ -97,7 +111,7 @@ def rate(matrix: Matrix) -> Estimate:
         return Estimate()
     value = float(np.nanmean(matrix))
     images = int((~np.isnan(matrix)).any(0).sum())
-    low, high = max(bootstrap(matrix), wilson(value, images), key=lambda pair: pair[1] - pair[0])
+    low, high = wider(bootstrap(matrix), wilson(value, images))
     return Estimate(value, min(low, value), max(high, value))
 
 
@@ -148,7 +162,7 @@ def share_difference(matrix: Matrix) -> Estimate:
     up, down = ((float((present == side).mean()) * images + 1) / (images + 2) for side in (1.0, -1.0))
     half = _Z * math.sqrt((up + down - (up - down) ** 2) / (images + 2))
     adjusted = max(-1.0, up - down - half), min(1.0, up - down + half)
-    low, high = max(bootstrap(matrix), adjusted, key=lambda pair: pair[1] - pair[0])
+    low, high = wider(bootstrap(matrix), adjusted)
     return Estimate(value, min(low, value), max(high, value))
 
 

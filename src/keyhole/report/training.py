@@ -9,13 +9,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from scipy import stats
-
 from keyhole.experiment.audit import versions
 from keyhole.experiment.store import Store
 from keyhole.experiment.train import Trained, epsilon
 from keyhole.experiment.training_plan import TrainingPlan
-from keyhole.report.intervals import Estimate
+from keyhole.report.intervals import Estimate, student
 from keyhole.report.names import defense_name
 from keyhole.report.summarize import plain
 from keyhole.report.tables import Line
@@ -26,11 +24,9 @@ HEAD = ("defense", "test accuracy (95 %)", "training loss", "epsilon", "MB sent 
 
 def over_seeds(values: Sequence[float]) -> Estimate:
     """The mean over trainings with its 95 % Student interval, cut to [0, 1]; a single training has no interval."""
-    mean = math.fsum(values) / len(values)
-    if len(values) < 2:
-        return Estimate(mean)
-    half = float(stats.sem(values) * stats.t.ppf(0.975, len(values) - 1))
-    return Estimate(mean, max(0.0, mean - half), min(1.0, mean + half))
+    mean, half = student(values)
+    # In this order a missing bound stays missing.
+    return Estimate(mean, max(mean - half, 0.0), min(mean + half, 1.0))
 
 
 def by_defense(done: Sequence[Trained]) -> dict[str, list[Trained]]:
