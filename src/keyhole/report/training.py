@@ -14,7 +14,7 @@ from keyhole.experiment.audit import versions
 from keyhole.experiment.store import Store
 from keyhole.experiment.train import Trained, epsilon
 from keyhole.experiment.training_plan import TrainingPlan
-from keyhole.report.intervals import Estimate, student, wilson
+from keyhole.report.intervals import Estimate, student, wider, wilson
 from keyhole.report.names import UNDEFENDED, defense_name
 from keyhole.report.summarize import plain
 from keyhole.report.tables import Line
@@ -39,10 +39,7 @@ def accuracy_of(runs: Sequence[Trained]) -> Estimate:
     training has the second one alone, which speaks of that network.
     """
     found = over_seeds([run.accuracy for run in runs])
-    low, high = wilson(found.value, runs[0].tested)
-    if found.high - found.low > high - low:  # not so where there is no interval
-        low, high = found.low, found.high
-    return Estimate(found.value, low, high)
+    return Estimate(found.value, *wider((found.low, found.high), wilson(found.value, runs[0].tested)))
 
 
 def change(name: str, trained: Mapping[str, Sequence[Trained]]) -> Estimate:
