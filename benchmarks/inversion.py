@@ -28,9 +28,10 @@ from torch.nn import functional as F
 from keyhole.core.keys import new_key, uniform
 from keyhole.core.task import Bounds, Task, weights_of
 from keyhole.federation.norms import evaluating
-from keyhole.inversion import gan
-from keyhole.inversion.gan import SoftLabelSettings, WassersteinSettings
+from keyhole.inversion import gan, gan_training, soft_label_gan, wgan_gp
 from keyhole.inversion.gmi import GMI
+from keyhole.inversion.soft_label_gan import SoftLabelSettings
+from keyhole.inversion.wgan_gp import WassersteinSettings
 from keyhole.solve.invert import invert
 from keyhole.solve.threads import one_thread
 from keyhole.zoo.models import build_model
@@ -95,7 +96,7 @@ def ours(game: Any) -> Callable[[int], None]:
     """A step of Keyhole's training, without its files."""
     game.generator.train()
     game.discriminator.train()
-    training = gan._Training(game)
+    training = gan_training._Training(game)
 
     def step(number: int) -> None:
         training._descend("discriminator", game.against(number))
@@ -132,9 +133,9 @@ def part_gan(blocks: int) -> list[dict[str, Any]]:
     for name, settings in cases:
         game: Any
         if isinstance(settings, WassersteinSettings):
-            game = gan._Wasserstein(PUBLIC, settings, new_key(0))
+            game = wgan_gp._Wasserstein(PUBLIC, settings, new_key(0))
         else:
-            game = gan._SoftLabel(PUBLIC, target, CLASSES, settings, new_key(0), None)
+            game = soft_label_gan._SoftLabel(PUBLIC, target, CLASSES, settings, new_key(0), None)
             game.labels()
         plain = Plain(game, None if isinstance(settings, WassersteinSettings) else target)
         fast, slow = turns(ours(game), plain.step, blocks, settings.critic)
@@ -153,7 +154,7 @@ def part_search(blocks: int) -> list[dict[str, Any]]:
         model = build_model("mcnn", input_shape=(1, 32, 32), num_classes=CLASSES, options={"width": width}, seed=0)
         bounds = Bounds.of((0.0,), (1.0,))
         task = evaluating(Task.of(model, (1, 32, 32), CLASSES, bounds, batchnorm="eval"))
-        game = gan._Wasserstein(PUBLIC, settings, new_key(0))
+        game = wgan_gp._Wasserstein(PUBLIC, settings, new_key(0))
         prior = gan.GAN(
             gan.Generator.of(game.generator, settings.latent),
             gan.Discriminator.of(game.discriminator),

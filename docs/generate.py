@@ -147,7 +147,7 @@ def measured_accuracy() -> Iterator[str]:
         "",
     )
     rows = [(name, interval(one["accuracy"]), signed(one["change"])) for name, one in kept["defenses"].items()]
-    yield from table(("defense", "test accuracy", "points to no defense"), rows)
+    yield from table(("defense", "test accuracy", "change in points"), rows)
 
 
 def signed(value: dict[str, float | None]) -> str:
@@ -172,7 +172,7 @@ def measured_frontiers() -> Iterator[str]:
         "images and networks.",
     )
     head = (
-        "defense", "test accuracy", "points to no defense", "images leaked, worst", "at round", "worst attacker",
+        "defense", "test accuracy", "change in points", "images leaked, worst", "at round", "worst attacker",
         "epsilon",
     )  # fmt: skip
     for name, found in json.loads(kept.read_text()).items():

@@ -62,6 +62,7 @@ def plain(num_classes):
         (["init", "normed.toml"], "exists already"),
         (["init", "absent/audit.toml"], "cannot be written"),
         (["report", "."], "no audit"),
+        (["report", "trained"], "holds trainings"),
         (["list", "atacks"], "did you mean 'attacks'"),
         (["show", "clipp"], "did you mean 'clip'"),
     ],
@@ -80,6 +81,8 @@ def test_one_sentence_and_code_2(
         pytest.skip("this machine has the device")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
+    (tmp_path / "trained").mkdir()
+    (tmp_path / "trained" / "train.json").write_text("{}")
     (tmp_path / "corrupt.parquet").write_bytes(b"PAR1 cut off")
     (tmp_path / "weights.safetensors").write_bytes(b"\x80\x04 a pickle, perhaps")
     (tmp_path / "nets_under_test.py").write_text(MODEL)
@@ -137,3 +140,12 @@ def test_init_and_dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert told["settings"][0]["feasibility"]["verdict"] == "likely recoverable"
     assert told["cost"]["core_seconds"] > 0
     assert [path.name for path in tmp_path.iterdir()] == ["audit.toml"]
+
+
+def test_the_version_is_that_of_the_package(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from keyhole import __version__
+
+    assert run(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out == f"keyhole {__version__}\n"

@@ -13,6 +13,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -40,7 +41,6 @@ from keyhole.experiment.training_plan import TrainingPlan, load_training
 from keyhole.experiment.work import HERE, Workers
 
 app = typer.Typer(
-    help="Measure how much private data can be recovered from what federated-learning clients share.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -66,6 +66,21 @@ Ray = Annotated[
     str | None, typer.Option("--ray", metavar="ADDRESS", help="Work on a Ray cluster: auto, host:port or local.")
 ]
 BACKENDS = ("lifted", "flower")
+
+
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        out.print(f"keyhole {version('keyhole')}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def keyhole_command(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Measure how much private data can be recovered from what federated-learning clients share."""
 
 
 @app.command("init")
@@ -186,8 +201,8 @@ def frontier_command(
         )
     table, answer, html = write_frontier(plan, done, folder)
     _print_table([(*line[:4], *line[6:8]) for line in table])
-    for said in (*remarks(done), answer):
-        out.print(f"\n{said}", highlight=False, markup=False)
+    for said in (*remarks(done), *answer):
+        out.print(said, highlight=False, markup=False)
     out.print(f"\nReport: {html.resolve()}", highlight=False, soft_wrap=True)
 
 
@@ -219,6 +234,11 @@ def invert_command(
 @app.command("report")
 def report_command(folder: Annotated[Path, typer.Argument(metavar="DIR", help="An audit's output folder.")]) -> None:
     """Rebuild the report from stored outcomes, without running anything."""
+    if (folder / "train.json").exists():
+        raise ConfigError(
+            f"'{folder}' holds trainings: the command that made it writes its report again, and trains nothing twice; "
+            f"the report of an audit in it alone is that of '{folder / 'audit'}'."
+        )
     _report(folder)
 
 

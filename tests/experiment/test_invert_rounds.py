@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import shutil
@@ -11,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
+from types import FunctionType, ModuleType
 from typing import Any
 
 import pytest
@@ -20,13 +22,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import keyhole.experiment.invert as stage
 from keyhole.cli import _Bars, main
 from keyhole.core.inversion import Target
-from keyhole.experiment.invert import ATTACK, CONTROLS, Inversions, _Study, invert_rounds, public_images
+from keyhole.core.told import silent
+from keyhole.experiment import inversion_attacker, inversion_judge
+from keyhole.experiment.inversion_attacker import Attacker
+from keyhole.experiment.inversion_judge import ATTACK, CONTROLS, Inversions, Judge, train_evaluator
+from keyhole.experiment.invert import global_networks, invert_rounds, public_images
 from keyhole.experiment.train import Problem
 from keyhole.experiment.training_plan import TrainingPlan, parse_training
-from keyhole.inversion import gan
+from keyhole.inversion import gan_training
 from keyhole.inversion.gmi import GMI
 from keyhole.report.inversion import write_inversions
 from keyhole.zoo.models import build_model
@@ -36,6 +41,7 @@ KED_OPTIONS: dict[str, Any] = {
     "name": "ked_mi", "steps": 3, "gan_steps": 5, "gan_width": 2, "gan_batch": 8, "gan_kernels": 2, "gan_kernel_size": 2
 }  # fmt: skip
 ROUNDS, SEEDS, CLASSES, SAMPLES = [1, 2], [0], 2, 2
+CPU = torch.device("cpu")
 
 
 def raw(**invert: Any) -> dict[str, Any]:
@@ -188,11 +194,9 @@ def test_a_control_has_the_numbers_of_what_it_is(whole: tuple[TrainingPlan, Path
 
 
 def target_of(plan: TrainingPlan, folder: Path, index: int, seed: int, number: int) -> Target:
-    problem = Problem(plan, torch.device("cpu"))
-    assert plan.invert is not None
-    public = public_images(plan, problem.data.image_shape)
-    study = _Study(plan, plan.invert, problem, public, folder, torch.device("cpu"), lambda what, fraction: None)
-    return study.target(index, seed, number)
+    networks = global_networks(plan, Problem(plan, CPU), folder)
+    (network,) = (one for one in networks if (one.defense, one.seed, one.round) == (index, seed, number))
+    return network.target(CPU)
 
 
 def test_a_changed_network_is_attacked_as_it_is(whole: tuple[TrainingPlan, Path, Inversions]) -> None:
@@ -228,7 +232,7 @@ def test_equal_runs_give_equal_images(
 def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What is made from here on: cells, rounds and steps of GANs."""
     calls: list[str] = []
-    search, descend, rounds = stage.invert, gan._Training._descend, Problem.train
+    search, descend, rounds = inversion_attacker.invert, gan_training._Training._descend, Problem.train
 
     def spy_search(*given: Any, **more: Any) -> Any:
         calls.append("cell")
@@ -244,8 +248,8 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         return rounds(self, run, heard, *given)
 
-    monkeypatch.setattr(stage, "invert", spy_search)
-    monkeypatch.setattr(gan._Training, "_descend", spy_descend)
+    monkeypatch.setattr(inversion_attacker, "invert", spy_search)
+    monkeypatch.setattr(gan_training._Training, "_descend", spy_descend)
     monkeypatch.setattr(Problem, "train", spy_train)
     return calls
 
@@ -291,7 +295,7 @@ def test_an_interrupted_gan_goes_on_after_its_last_checkpoint(
     path, cache = tmp_path / "tiny.toml", tmp_path / "cache"
     path.write_text(tomli_w.dumps(raw()))
     monkeypatch.setenv("KEYHOLE_CACHE", str(cache))
-    monkeypatch.setattr(gan, "CHECKPOINT_STEPS", 4)
+    monkeypatch.setattr(gan_training, "CHECKPOINT_STEPS", 4)
     shown = _Bars.training
 
     def stop(self: _Bars, what: str, fraction: float) -> None:
@@ -316,11 +320,12 @@ def test_an_interrupted_gan_goes_on_after_its_last_checkpoint(
 # What an attack cannot reach
 
 
-def study_of(plan: TrainingPlan, folder: Path) -> _Study:
-    problem = Problem(plan, torch.device("cpu"))
+def attacker_of(plan: TrainingPlan, problem: Problem, folder: Path) -> Attacker:
     assert plan.invert is not None
-    public = public_images(plan, problem.data.image_shape)
-    return _Study(plan, plan.invert, problem, public, folder, torch.device("cpu"), lambda what, fraction: None)
+    settings = plan.invert.settings
+    public = torch.cat([pool.images for pool in public_images(plan, problem.data.image_shape)])
+    networks = global_networks(plan, problem, folder)
+    return Attacker(networks, public, plan.invert.attacks, settings.samples, settings.seed, silent)
 
 
 def refused(*given: Any, **more: Any) -> Any:
@@ -334,23 +339,58 @@ def test_images_do_not_depend_on_what_is_private(
     plan, folder, _ = whole
     shutil.copytree(folder, tmp_path / "blind", ignore=shutil.ignore_patterns("inversions"))
     monkeypatch.setenv("KEYHOLE_CACHE", str(tmp_path / "cache"))
-    study = study_of(plan, tmp_path / "blind")
-    problem = study.problem
-    problem.inputs.fill_(math.nan)
-    problem.labels.fill_(-1)
-    problem.test[0].fill_(math.nan)
-    problem.test[1].fill_(-1)
-    for pool in (problem.data.target, problem.data.tune, problem.data.train, problem.data.candidates):
-        pool.images.fill_(math.nan)
-        pool.labels.fill_(-1)
-    for pool in study.pools:
-        pool.labels.fill_(-1)
-    for name in ("_private", "_held_out", "_evaluator", "_judge", "_accuracy", "judged"):
-        monkeypatch.setattr(_Study, name, refused)
-    for name in ("score", "score_as_others", "trained_state", "accuracy"):
-        monkeypatch.setattr(stage, name, refused)
-    study.attack()
+    problem = Problem(plan, CPU)
+    attacker = attacker_of(plan, problem, tmp_path / "blind")
+    for tensor in private_of(problem):
+        tensor.fill_(math.nan if tensor.is_floating_point() else -1)
+    for name in ("Judge", "train_evaluator", "score", "score_as_others", "trained_state", "accuracy"):
+        monkeypatch.setattr(inversion_judge, name, refused)
+    attacker.attack()
     assert_equal(images_in(tmp_path / "blind"), images_in(folder))
+
+
+def private_of(problem: Problem) -> list[Tensor]:
+    """All private images and labels."""
+    data = problem.data
+    pools = (data.target, data.tune, data.train, data.candidates, data.public)
+    return [
+        problem.inputs, problem.labels, *problem.test, problem.public.inputs, problem.public.targets,
+        *(tensor for pool in pools for tensor in (pool.images, pool.labels)),
+    ]  # fmt: skip
+
+
+def tensors_within(thing: Any) -> Iterator[Tensor]:
+    """All tensors that can be reached from an object, by whatever way but through the globals of its code."""
+    seen, left = set[int](), [thing]
+    while left:
+        one = left.pop()
+        if id(one) in seen or isinstance(one, type | ModuleType):
+            continue
+        seen.add(id(one))
+        if isinstance(one, Tensor):
+            yield one
+        elif isinstance(one, FunctionType):
+            left += [*(one.__closure__ or ()), *(one.__defaults__ or ())]
+        else:
+            left += gc.get_referents(one)
+
+
+@pytest.mark.parametrize("weights", [None, "file"])
+def test_nothing_private_can_be_reached_from_an_attacker(
+    whole: tuple[TrainingPlan, Path, Inversions], own: Callable[..., dict[str, Any]], weights: str | None
+) -> None:
+    plan, folder, _ = whole
+    plan = plan if weights is None else parse_training(own())
+    problem = Problem(plan, CPU)
+    private = {tensor.untyped_storage().data_ptr() for tensor in private_of(problem) if tensor.numel()}
+
+    def reached(thing: Any) -> set[int]:
+        return {tensor.untyped_storage().data_ptr() for tensor in tensors_within(thing)} & private
+
+    attacker = attacker_of(plan, problem, folder)
+    assert reached(problem) == private  # so the search finds what there is
+    assert any(tensor is attacker.public for tensor in tensors_within(attacker))
+    assert reached(attacker) == set()
 
 
 def test_an_attack_is_given_a_network_and_public_pixels(
@@ -367,13 +407,12 @@ def test_an_attack_is_given_a_network_and_public_pixels(
         return prepare(self, *given, **more)
 
     monkeypatch.setattr(GMI, "prepare", spy)
-    study = study_of(plan, folder)
-    study.attack()
+    attacker = attacker_of(plan, Problem(plan, CPU), folder)
+    attacker.attack()
     assert len(seen) == 3
-    own = {study.problem.inputs.data_ptr(), study.problem.test[0].data_ptr()}
     for target, public, key, place, _ in seen:
         assert [field.name for field in fields(target)] == ["task", "weights"]
-        assert torch.equal(public, study.public) and public.data_ptr() not in own
+        assert public is attacker.public and public.shape == (24, 1, 32, 32)
         assert key.numel() == 2 and place._fields == ("folder", "told") and place.folder is None
 
 
@@ -383,15 +422,26 @@ def test_the_judge_is_made_after_the_last_image(
     plan, folder = small
     for path in cells_in(folder).values():
         path.unlink()
-    judge, there = _Study._evaluator, []
+    made, there = Judge.__init__, []
 
-    def spy(self: _Study) -> Any:
+    def spy(self: Judge, *given: Any) -> None:
         there.append(len(cells_in(folder)))
-        return judge(self)
+        made(self, *given)
 
-    monkeypatch.setattr(_Study, "_evaluator", spy)
+    monkeypatch.setattr(Judge, "__init__", spy)
+    monkeypatch.setattr(inversion_judge, "trained_state", after(inversion_judge.trained_state, there))
     invert_rounds(plan, folder)
-    assert there == [3]
+    assert there == [3, "evaluator"]
+
+
+def after(function: Callable[..., Any], there: list[Any]) -> Callable[..., Any]:
+    """The function, noting that it was called."""
+
+    def noting(*given: Any, **more: Any) -> Any:
+        there.append("evaluator")
+        return function(*given, **more)
+
+    return noting
 
 
 # Other networks
@@ -438,7 +488,7 @@ def test_a_users_own_network_is_attacked(own: Callable[..., dict[str, Any]], tmp
     assert found.trained == [] and "round" not in made
     assert {(row.seed, row.round) for row in found.rows} == {(0, 7), (1, 7)}
     assert {row.attacker for row in found.rows} == {ATTACK, *CONTROLS} - {"control:other_round"}
-    target = study_of(plan, tmp_path / "out").target(0, 1, 7)
+    target = target_of(plan, tmp_path / "out", 0, 1, 7)
     wanted = load_file(tmp_path / "seed1-round007.safetensors")
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in target.weights.params.items())
     assert "weights from a file" in report_of(found, tmp_path / "out")["assumptions"][0]
@@ -563,7 +613,7 @@ def test_bad_input_is_one_sentence(
 ) -> None:  # fmt: skip
     if said is None:
         given, said = few_of_a_class(given), "show none of class 1"
-    monkeypatch.setattr(gan, "_trained", refused)
+    monkeypatch.setattr(gan_training._Training, "__init__", refused)
     monkeypatch.setattr(Problem, "train", refused)
     assert_refused("invert", given, said, tmp_path, capsys)
 
@@ -608,7 +658,7 @@ def test_bad_weights_are_one_sentence(
     monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], None], said: str,
 ) -> None:  # fmt: skip
     """Of the second network too, before any GAN is trained."""
-    monkeypatch.setattr(gan, "_trained", refused)
+    monkeypatch.setattr(gan_training._Training, "__init__", refused)
     change(tmp_path / "seed1-round007.safetensors")
     assert_refused("invert", own(), said, tmp_path, capsys)
 
@@ -674,11 +724,12 @@ def test_private_images_under_another_name_are_found(
     assert_refused("invert", given, "2 of the 24 public images are private ones too", tmp_path, capsys)
 
 
-def test_two_splits_of_one_set_share_their_classes(base: Path, tmp_path: Path) -> None:
+def test_two_splits_of_one_set_share_their_classes(base: Path) -> None:
     """The judge must not tell a class of one section from the same class of another."""
     plan = plan_of(public=[{"classes": [5, 6], "limit": 12}, {"classes": [6, 7], "limit": 12, "seed": 1}])
-    study = study_of(plan, tmp_path)
-    assert study._known_classes() == [5, 6, 7]
+    assert plan.invert is not None
+    problem = Problem(plan, CPU)
+    pools = public_images(plan, problem.data.image_shape)
     seen: list[Tensor] = []
 
     def spy(task: Any, weights: Any, images: Tensor, labels: Tensor, *given: Any) -> Any:
@@ -686,10 +737,10 @@ def test_two_splits_of_one_set_share_their_classes(base: Path, tmp_path: Path) -
         return weights, None
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stage, "trained_state", spy)
-        _, _, count = study._evaluator()
-    own = torch.cat([pool.labels for pool in study.pools])
-    assert count == 2 + 3
+        patch.setattr(inversion_judge, "trained_state", spy)
+        _, _, count = train_evaluator(plan.invert, problem, pools, silent)
+    own = torch.cat([pool.labels for pool in pools])
+    assert sorted(set(own.tolist())) == [5, 6, 7] and count == 2 + 3
     assert torch.equal(seen[0][-24:], own - 5 + 2) and int(seen[0][:-24].max()) == 1
 
 

@@ -184,11 +184,13 @@ def test_the_answer_sorts_defenses_by_how_they_did_and_then_by_accuracy(
         [point("none", 0.97, 1.0), point("a", 0.8, 0.0), point("b", 0.9, 0.05), point("c", 0.7, 0.3),
          point("d", 0.6, 0.5), point("e", 0.5, math.nan)]
     )  # fmt: skip
-    assert said == (
-        "Without a defense the accuracy is 97.0 %, and 100 % of the attacked images leaked to the worst attacker. Not "
-        "broken by the attacks tried: b (accuracy 90.0 %), a (accuracy 80.0 %). Gave way in part: c (accuracy 70.0 %). "
-        "Fell: d (accuracy 60.0 %). Could not be scored: e (accuracy 50.0 %)."
-    )
+    assert said == [
+        "Without a defense the accuracy is 97.0 %, and 100 % of the attacked images leaked to the worst attacker.",
+        "Not broken by the attacks tried: b (accuracy 90.0 %), a (accuracy 80.0 %).",
+        "Gave way in part: c (accuracy 70.0 %).",
+        "Fell: d (accuracy 60.0 %).",
+        "Could not be scored: e (accuracy 50.0 %).",
+    ]
 
 
 def test_seen_needs_a_file_of_weights() -> None:

@@ -10,7 +10,7 @@ from scipy import stats
 
 from keyhole.core.trial import Spec
 from keyhole.experiment.train import AfterTraining, Trained
-from keyhole.report.training import by_defense, change, over_seeds, points_in_words
+from keyhole.report.training import accuracy_of, by_defense, change, cost, over_seeds, points_in_words
 
 
 def test_the_mean_over_seeds_has_a_student_interval_within_its_range() -> None:
@@ -24,7 +24,7 @@ def test_the_mean_over_seeds_has_a_student_interval_within_its_range() -> None:
 
 def ended(accuracy: float, seed: int, *defense: Spec) -> Trained:
     """A training that ended with this accuracy."""
-    return Trained(defense, seed, Path(), [AfterTraining(round=1, accuracy=accuracy)])
+    return Trained(defense, seed, Path(), [AfterTraining(round=1, accuracy=accuracy)], tested=400)
 
 
 def test_what_a_defense_costs_is_paired_by_seed() -> None:
@@ -40,3 +40,18 @@ def test_what_a_defense_costs_is_paired_by_seed() -> None:
     assert math.isnan(change("none", trained).value)
     assert math.isnan(change(name, {name: defended}).value)
     assert points_in_words(found).startswith("-4.0 (-6.5 to -1.5)")
+
+
+def test_an_accuracy_is_no_surer_than_its_images_and_its_trainings() -> None:
+    test = stats.binomtest(360, 400)  # 90 % of the images
+    wilson = test.proportion_ci(0.95, method="wilson")
+    for runs in ([ended(0.9, 0)], [ended(0.9, 0), ended(0.901, 1), ended(0.899, 2)], [ended(0.9, 0), ended(0.9, 1)]):
+        found = accuracy_of(runs)
+        assert (found.value, found.low, found.high) == pytest.approx((0.9, wilson.low, wilson.high))
+    apart = [ended(0.8, 0), ended(0.9, 1), ended(0.85, 2)]
+    assert accuracy_of(apart) == over_seeds([0.8, 0.9, 0.85])
+
+
+def test_what_a_process_does_once_is_no_cost_of_a_defense() -> None:
+    rows = [AfterTraining(round=n, accuracy=0.9, bytes_up=100, client_seconds=s) for n, s in enumerate((0, 9, 1, 1))]
+    assert cost([Trained((), 0, Path(), rows)]) == (300, 1.0)

@@ -15,9 +15,10 @@ from keyhole.core.trial import Spec
 from keyhole.core.types import Tensors, Weights
 from keyhole.errors import StoreError, cause
 from keyhole.experiment.plan import build_defense
-from keyhole.experiment.train import Problem, training_key, write_tensors
+from keyhole.experiment.train import Problem, training_key
 from keyhole.federation.local import Round, State, train_round
 from keyhole.federation.states import round_key
+from keyhole.solve.files import write_tensors
 from keyhole.solve.threads import one_thread
 
 

@@ -7,7 +7,6 @@ by their owner alone, as weights tell of the images.
 
 from __future__ import annotations
 
-import json
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -30,7 +29,7 @@ from keyhole.core.trial import Spec
 from keyhole.core.types import Batch, Tensors, Weights
 from keyhole.defenses.dp_sgd import DPSGD
 from keyhole.defenses.user_dp import UserDP
-from keyhole.errors import ConfigError, DataError, ModelError, StoreError, cause
+from keyhole.errors import ConfigError, DataError, ModelError, cause
 from keyhole.experiment.plan import build_defense
 from keyhole.experiment.setup import TRAIN_IMAGES, find_device
 from keyhole.experiment.store import Store
@@ -39,7 +38,7 @@ from keyhole.experiment.work import HERE, Workers, available_cores, in_processes
 from keyhole.federation.local import Round, State
 from keyhole.federation.states import AfterRound, accuracy, rounds
 from keyhole.federation.strategies import FedAvg, Memory, Noised
-from keyhole.solve.files import tensors_as_bytes, write_whole
+from keyhole.solve.files import as_metadata, read_tensors, write_tensors
 from keyhole.solve.threads import one_thread
 from keyhole.zoo.datasets import Data, load_data
 from keyhole.zoo.models import build_model
@@ -47,7 +46,6 @@ from keyhole.zoo.models import build_model
 SAME = 1e-5
 """Up to this distance, relative to how far a client moved, two float32 updates are equal but for rounding."""
 
-_ACCOUNT = "account"
 _PROGRESS = "progress.safetensors"
 
 
@@ -81,6 +79,8 @@ class Trained:
     """Share of clients whose first update the defense changed beyond rounding; NaN without a defense."""
     seen: int = 0
     """Most gradients in a round into which one image goes."""
+    tested: int = 0
+    """Held-out images behind each accuracy."""
 
     @property
     def accuracy(self) -> float:
@@ -258,7 +258,7 @@ class Problem:
         defense = build_defense(run.defense) if run.defense else None
         task = plain if defense is None else defense.on_task(plain)
         start = fit_weights(task, bare_start)
-        run.seen = self.seen(run.seed)
+        run.seen, run.tested = self.seen(run.seed), len(self.test[1])
         key = training_key(run.seed)
         strategy = self._server(run.defense, key)
         weights, memory, states = _resume(run, start) or (start, None, None)
@@ -405,34 +405,23 @@ def _keep(run: Trained, task: Task, weights: Weights, memory: Memory, states: Se
     parts |= {f"client:{c}:{place}": kept for c, state in enumerate(states) for place, kept in state.items()}
     account = {"rounds": [asdict(row) for row in run.rounds], "changed": run.changed, "clients": len(states)}
     named = {f"{part}/{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
-    write_tensors(run.folder / _PROGRESS, named, {_ACCOUNT: json.dumps(account)})
-
-
-def write_tensors(path: Path, tensors: Tensors, metadata: dict[str, str]) -> None:
-    """A safetensors file, whole or not at all."""
-    data = tensors_as_bytes(tensors, metadata)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        write_whole(path, data)
-    except OSError as error:
-        raise StoreError(f"cannot write to the output folder '{path.parent}': {error.strerror}.") from error
+    write_tensors(run.folder / _PROGRESS, named, as_metadata(account))
 
 
 def _resume(run: Trained, like: Weights) -> tuple[Weights, Memory, list[State]] | None:
     """Where a training stopped; `None`, with a warning if there is a file, where there is nothing to trust."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
 
     path = run.folder / _PROGRESS
     if not path.exists():
         return None
     device = next(iter(like.params.values())).device
     try:
-        with safe_open(str(path), framework="pt") as file:
-            account = json.loads((file.metadata() or {})[_ACCOUNT])
-            parts: dict[str, Tensors] = {}
-            for name in file.keys():  # noqa: SIM118  (it is no dictionary)
-                part, _, own = name.partition("/")
-                parts.setdefault(part, {})[own] = file.get_tensor(name).to(device)
+        stored, account = read_tensors(path)
+        parts: dict[str, Tensors] = {}
+        for name, tensor in stored.items():
+            part, _, own = name.partition("/")
+            parts.setdefault(part, {})[own] = tensor.to(device)
         weights = Weights(*(_like(parts.pop(part, {}), own) for part, own in zip(Weights._fields, like, strict=True)))
         run.rounds = [AfterTraining(**row) for row in account["rounds"]]
         run.changed = float(account["changed"])

@@ -17,12 +17,22 @@ from keyhole.core.tensors import map_tensors
 from keyhole.core.types import Key, Weights
 from keyhole.errors import cause
 from keyhole.federation.states import Federation, Progress, accuracy, rounds
-from keyhole.solve.files import cache_folder, digest, feed, held, take, tensors_as_bytes, unusable, write_whole
+from keyhole.solve.files import (
+    as_metadata,
+    cache_folder,
+    digest,
+    feed,
+    held,
+    read_tensors,
+    take,
+    tensors_as_bytes,
+    unusable,
+    write_whole,
+)
 
 TRAINING_VERSION = 1
 """Raise it when the same call would give other weights."""
 
-_ACCOUNT = "account"
 _PARTS = ("params", "buffers")
 
 
@@ -133,24 +143,21 @@ def _save(path: Path, weights: Weights, losses: list[float], right: float | None
         for part, tensors in zip(_PARTS, weights, strict=True)
         for name, tensor in tensors.items()
     }
-    account = json.dumps({"losses": losses, "accuracy": right, "digest": digest(*weights)})
+    account = {"losses": losses, "accuracy": right, "digest": digest(*weights)}
     try:
-        write_whole(path, tensors_as_bytes(named, {_ACCOUNT: account}))
+        write_whole(path, tensors_as_bytes(named, as_metadata(account)))
     except OSError as error:
         raise unusable(path.parent, error) from error
 
 
 def _load(path: Path, like: Weights, count: int) -> tuple[Weights, list[float], float | None] | None:
     """Weights, losses so far, and accuracy where training is complete; `None` where there is nothing to trust."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
 
     if not path.exists():
         return None
     try:
-        with safe_open(str(path), framework="pt") as file:
-            account = json.loads((file.metadata() or {})[_ACCOUNT])
-            names = file.keys()
-            stored = {name: file.get_tensor(name) for name in names}
+        stored, account = read_tensors(path)
         weights = Weights(
             *(
                 {name: take(stored, f"{part}/{name}", tensor) for name, tensor in tensors.items()}

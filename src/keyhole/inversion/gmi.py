@@ -13,9 +13,10 @@ from keyhole.core.keys import fold_in, normal
 from keyhole.core.registry import INVERSIONS
 from keyhole.core.types import Candidate, Key, Tensors
 from keyhole.errors import ConfigError, check_range
-from keyhole.inversion.gan import GAN, WassersteinSettings, train_wgan_gp, usable
+from keyhole.inversion.gan import GAN, usable
 from keyhole.inversion.hsic import Dependence, HsicName
 from keyhole.inversion.identity import IdentityName, flat, identity_loss, public_features
+from keyhole.inversion.wgan_gp import WassersteinSettings, train_wgan_gp
 from keyhole.solve.optimizers import Nesterov, Optimizer
 
 Z = "z"

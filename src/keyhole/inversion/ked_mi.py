@@ -13,10 +13,11 @@ from keyhole.core.keys import fold_in, normal
 from keyhole.core.registry import INVERSIONS
 from keyhole.core.types import Candidate, Key, Tensors
 from keyhole.errors import check_range
-from keyhole.inversion.gan import GAN, SoftLabelSettings, train_soft_label_gan, usable
+from keyhole.inversion.gan import GAN, usable
 from keyhole.inversion.hsic import Dependence, HsicName
 from keyhole.inversion.identity import IdentityName, flat, identity_loss, public_features
 from keyhole.inversion.losses import surprise_of_real
+from keyhole.inversion.soft_label_gan import SoftLabelSettings, train_soft_label_gan
 from keyhole.solve.files import digest
 from keyhole.solve.optimizers import Optimizer, adam
 

@@ -14,7 +14,8 @@ from keyhole.core.keys import fold_in, normal
 from keyhole.core.registry import INVERSIONS
 from keyhole.core.types import Candidate, Key, Tensors
 from keyhole.errors import check_range
-from keyhole.inversion.gan import GAN, DCGANSettings, train_dcgan, usable
+from keyhole.inversion.dcgan import DCGANSettings, train_dcgan
+from keyhole.inversion.gan import GAN, usable
 from keyhole.inversion.hsic import Dependence, HsicName
 from keyhole.inversion.identity import IdentityName, flat, identity_loss, public_features
 from keyhole.inversion.posteriors import Flow, Gaussian, Posterior

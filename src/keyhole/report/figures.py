@@ -253,14 +253,19 @@ def leaks_by_round(
 ) -> str:
     """The worst attacker's leak rate at each audited round, a line for each defense; ``x`` and ``y`` name the axes.
 
+    Lines lie a little beside each other, as those of several defenses may coincide.
+
     Returns:
         A data URI with an SVG.
     """
     with matplotlib.rc_context(_STYLE):
         figure, axes = _wide()
+        apart = 0.008 * max((n for _, each in lines for n, _ in each), default=0)
         for number, (name, each) in enumerate(lines):
             if each:
-                rounds, rates = zip(*((n, 100 * rate.value) for n, rate in each), strict=True)
+                aside = apart * (number - (len(lines) - 1) / 2)
+                rounds, rates = zip(*((n + aside, 100 * rate.value) for n, rate in each), strict=True)
                 axes.plot(rounds, rates, label=f"{number + 1}: {name}", linewidth=1.4, markersize=5, **_look(number))
+        axes.set_xticks(sorted({n for _, each in lines for n, _ in each}))
         axes.set(ylim=(-3, 103), xlabel=x, ylabel=y)
         return _saved(figure)

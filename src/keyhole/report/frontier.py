@@ -22,12 +22,12 @@ from keyhole.report.tables import Line
 from keyhole.report.text import NOTHING, rated
 from keyhole.report.training import (
     accuracy_in_words,
+    accuracy_of,
     by_defense,
     change,
     cost,
     epsilon_in_words,
     guarantee,
-    over_seeds,
     points_in_words,
     remarks,
     write_training,
@@ -36,13 +36,14 @@ from keyhole.report.verdict import FELL_FROM, NOT_BROKEN_UP_TO, percent
 from keyhole.report.write import read_audit
 
 NOTE = (
-    "Accuracy: on held-out images after the last round, with the interval over trainings; in points to no defense, "
-    "paired by seed. Worst leak rate: the highest of all attackers, naive or adaptive, at all audited rounds. Epsilon: "
-    "of the whole training, an image as the unit. Bound: on what any attack can recover from the audited updates and "
-    "all rounds before them."
+    "Accuracy: on held-out images after the last round, with the wider of the intervals over trainings and over these "
+    "images. Change: to the trainings without a defense, paired by seed. Worst leak rate: the highest of all "
+    "attackers, naive or adaptive, at all audited rounds, with that attacker's interval. Epsilon: of the whole "
+    "training, an image as the unit. Bound: on what any attack can recover from the audited updates and all rounds "
+    "before them."
 )
 HEAD = (
-    "defense", "accuracy (95 %)", "points to no defense (95 %)", "worst leak rate (95 %)", "at", "worst attacker",
+    "defense", "accuracy (95 %)", "change in points (95 %)", "worst leak rate (95 %)", "at", "worst attacker",
     "epsilon", "bound on any attack", "MB sent up", "client seconds a round",
 )  # fmt: skip
 
@@ -93,7 +94,7 @@ def points(plan: TrainingPlan, done: Sequence[Trained], report: Report) -> list[
         found.append(
             Point(
                 defense=name,
-                accuracy=over_seeds([run.accuracy for run in runs]),
+                accuracy=accuracy_of(runs),
                 change=change(name, trained),
                 leak_rate=Estimate() if worst is None else worst.leak_rate,
                 round=None if worst is None else where[worst.setting].round,
@@ -135,8 +136,8 @@ def frontier_table(found: Sequence[Point]) -> list[Line]:
     return lines
 
 
-def answer(found: Sequence[Point]) -> str:
-    """Which defenses held and what they cost, in sentences; within each group the most accurate first."""
+def answer(found: Sequence[Point]) -> list[str]:
+    """Which defenses held and what they cost, a sentence for each group; within it the most accurate first."""
     said = []
     groups: dict[str, list[Point]] = {title: [] for title, _ in GROUPS}
     for point in found:
@@ -152,7 +153,7 @@ def answer(found: Sequence[Point]) -> str:
         if own:
             names = (_priced(p) for p in sorted(own, key=lambda p: -p.accuracy.value))
             said.append(f"{title}: {', '.join(names)}.")
-    return " ".join(said)
+    return said
 
 
 GROUPS: tuple[tuple[str, Callable[[float], bool]], ...] = (
@@ -181,15 +182,15 @@ def rows_json(plan: TrainingPlan, done: Sequence[Trained], report: Report) -> di
         place = where[row["setting"]]
         under = row["defense"] if place.defense is None else defense_name(plan.defenses[place.defense])
         row["trained_under"] = under
-        row["accuracy"] = plain(asdict(over_seeds([run.accuracy for run in runs[under]])))
+        row["accuracy"] = plain(asdict(accuracy_of(runs[under])))
         row["round"] = place.round
         row["epsilon"] = plain(guarantee(runs[row["defense"]]))
     found = points(plan, done, report)
-    given = {"answer": answer(found), "points": plain([asdict(p) for p in found]), "remarks": remarks(done)}
+    given = {"answer": " ".join(answer(found)), "points": plain([asdict(p) for p in found]), "remarks": remarks(done)}
     return {**whole, "kind": "frontier", **given}
 
 
-def write_frontier(plan: TrainingPlan, done: Sequence[Trained], folder: Path) -> tuple[list[Line], str, Path]:
+def write_frontier(plan: TrainingPlan, done: Sequence[Trained], folder: Path) -> tuple[list[Line], list[str], Path]:
     """Write ``train.json``, ``report.json`` and ``report.html``; returns the table, the answer and the page."""
     settings, outcomes = read_audit(folder / "audit")
     report = summarize(settings, outcomes)

@@ -59,6 +59,11 @@ def wilson(share: float, n: int) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
+def wider(*intervals: tuple[float, float]) -> tuple[float, float]:
+    """The widest of some intervals, the first of equals; NaN is none."""
+    return max((pair for pair in intervals if not math.isnan(pair[0])), key=lambda pair: pair[1] - pair[0])
+
+
 def _resampled(matrix: Matrix) -> tuple[Matrix, Matrix, Matrix]:
     """Sorted present values, how often each is drawn (resamples, values) and the number drawn (resamples,)."""
     networks, images = matrix.shape
@@ -111,7 +116,7 @@ def rate(matrix: Matrix) -> Estimate:
         return Estimate()
     value = float(np.nanmean(matrix))
     images = int((~np.isnan(matrix)).any(0).sum())
-    low, high = max(bootstrap(matrix), wilson(value, images), key=lambda pair: pair[1] - pair[0])
+    low, high = wider(bootstrap(matrix), wilson(value, images))
     return Estimate(value, min(low, value), max(high, value))
 
 
@@ -162,7 +167,7 @@ def share_difference(matrix: Matrix) -> Estimate:
     up, down = ((float((present == side).mean()) * images + 1) / (images + 2) for side in (1.0, -1.0))
     half = _Z * math.sqrt((up + down - (up - down) ** 2) / (images + 2))
     adjusted = max(-1.0, up - down - half), min(1.0, up - down + half)
-    low, high = max(bootstrap(matrix), adjusted, key=lambda pair: pair[1] - pair[0])
+    low, high = wider(bootstrap(matrix), adjusted)
     return Estimate(value, min(low, value), max(high, value))
 
 

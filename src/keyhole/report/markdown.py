@@ -59,5 +59,10 @@ def _escaped(text: str) -> str:
 
 
 def _table(lines: Sequence[Sequence[str]]) -> str:
-    head, *rows = ([_escaped(value) for value in line] for line in lines)
+    return markdown_table([[_escaped(value) for value in line] for line in lines])
+
+
+def markdown_table(lines: Sequence[Sequence[str]]) -> str:
+    """A table of text that is Markdown already."""
+    head, *rows = lines
     return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *rows))

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from keyhole.core.types import Tensors
 from keyhole.errors import StoreError
+
+_ACCOUNT = "account"
 
 
 def cache_folder() -> Path:
@@ -77,6 +81,34 @@ def tensors_as_bytes(tensors: Tensors, metadata: dict[str, str] | None = None) -
 
     # Cloned, as tensors that share memory cannot be saved.
     return save({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, metadata=metadata)
+
+
+def write_tensors(path: Path, tensors: Tensors, metadata: dict[str, str]) -> None:
+    """A safetensors file in an output folder, whole or not at all; raises `StoreError`."""
+    data = tensors_as_bytes(tensors, metadata)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        write_whole(path, data)
+    except OSError as error:
+        raise StoreError(f"cannot write to the output folder '{path.parent}': {error.strerror}.") from error
+
+
+def as_metadata(account: dict[str, Any]) -> dict[str, str]:
+    """An account that JSON knows, as metadata of a safetensors file."""
+    return {_ACCOUNT: json.dumps(account)}
+
+
+def read_tensors(path: Path) -> tuple[Tensors, dict[str, Any]]:
+    """The tensors of a safetensors file, and the account that is with them.
+
+    Raises:
+        SafetensorError, OSError, ValueError, KeyError: the file is damaged, or has no account.
+    """
+    from safetensors import safe_open
+
+    with safe_open(str(path), framework="pt") as file:
+        account = json.loads((file.metadata() or {})[_ACCOUNT])
+        return {name: file.get_tensor(name) for name in file.keys()}, account  # noqa: SIM118  (no dictionary)
 
 
 def take(stored: Tensors, name: str, like: Tensor) -> Tensor:
