@@ -81,7 +81,7 @@ def test_folder_holds_what_is_promised(whole: Path) -> None:
     names = {path.name for path in whole.iterdir()}
     assert {"config.toml", "outcomes.jsonl", "reconstructions", "report.html", "report.json"} <= names
     for path in whole.rglob("*"):
-        assert stat.S_IMODE(path.stat().st_mode) & 0o077 == 0 or path.is_dir(), f"{path} is readable by others"
+        assert stat.S_IMODE(path.stat().st_mode) & 0o077 == 0, f"{path} is readable by others"
     assert not list((whole / "checkpoints").iterdir())
     report = json.loads((whole / "report.json").read_text())
     assert (report["schema"], report["kind"], report["complete"]) == (1, "update", True)

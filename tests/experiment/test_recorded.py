@@ -302,6 +302,7 @@ def test_the_report_says_what_was_found(tmp_path: Path, model: Small, image: tup
     assert "1 of 1 private images leaked" in page.read_text()
     assert "| 1 | 7 | 1 | 1 | likely recoverable | idlg |" in (tmp_path / "out" / "report.md").read_text()
     assert {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "out").iterdir()} == {0o600}
+    assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o700
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,8 @@ def equal(one: Trained, two: Trained) -> bool:
 
 def test_a_training_keeps_each_rounds_network_and_says_what_it_came_to(tmp_path: Path) -> None:
     plan = plan_of({"name": "random_masking", "rate": 0.5})
-    bare, masked = train(plan, tmp_path)
+    bare, masked = train(plan, tmp_path / "new" / "out")
+    assert {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.rglob("*") if path.is_dir()} == {0o700}
     assert [row.round for row in bare.rounds] == [0, 1, 2, 3]
     assert bare.rounds[-1].loss < bare.rounds[1].loss
     # 12 5x5 filters on 1, 12 and 12 channels with biases, and a head of 48 inputs (2x2 pixels): in float32.

@@ -114,6 +114,7 @@ def test_what_is_written_is_what_was_sent_minus_what_came_back(tmp_path: Path) -
 
 
 def test_only_the_owner_can_read_a_transcript(transcript: Path) -> None:
+    assert stat.S_IMODE(transcript.stat().st_mode) == 0o700
     files = [path for path in transcript.rglob("*") if path.is_file()]
     assert len(files) == 1 + 2 * (1 + 1 + 3)
     assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o600}
@@ -377,13 +378,15 @@ def test_a_round_cannot_name_files_elsewhere(transcript: Path) -> None:
 def test_secrets_of_a_test_run(tmp_path: Path) -> None:
     message = ask(make_model(), node=42, turn=3)
     images, labels = torch.rand(5, 1, 8, 8), torch.tensor([2, 0, 1, 1, 0])
-    record_batches(tmp_path, message, images, labels)
+    secrets = tmp_path / "runs" / "secrets"
+    record_batches(secrets, message, images, labels)
     (path,) = tmp_path.rglob("*.safetensors")
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    secret = read_secret(tmp_path, 3, "42")
+    assert [stat.S_IMODE(place.stat().st_mode) for place in (path.parent, secrets, secrets.parent)] == [0o700] * 3
+    secret = read_secret(secrets, 3, "42")
     assert secret is not None
     assert torch.equal(secret.inputs, images) and torch.equal(secret.labels, labels)
-    assert read_secret(tmp_path, 4, "42") is None
+    assert read_secret(secrets, 4, "42") is None
     with pytest.raises(ConfigError, match="do not fit"):
         record_batches(tmp_path, message, images, labels[:2])
     for wrong in (images.tolist(), images.numpy(), None):

@@ -1,7 +1,7 @@
 """The output folder: what was run, in files that survive an interruption and can be read without Keyhole.
 
 ``outcomes.jsonl`` is append-only, one line a trial; a line that was cut off is dropped with a warning and its trial
-done again. All files are readable by their owner alone: they may show what was recovered.
+done again. Folders and files are for their owner alone: they may show what was recovered.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor
 from keyhole.core.trial import Outcome
 from keyhole.errors import StoreError
 from keyhole.experiment.spec import Study
+from keyhole.solve.files import make_folder
 
 SECRETS = "secrets"
 
@@ -52,7 +53,7 @@ class Store:
 
     def __enter__(self) -> Store:
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self.folder)
             self._lock = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
         except OSError as error:
             raise StoreError(f"cannot write to the output folder '{self.folder}': {error.strerror}.") from error
@@ -76,7 +77,7 @@ class Store:
         """Make the folder this study's, or check that it is. Raises `StoreError` for another one's."""
         self.claim_config(study.to_toml())
         for folder in (self.reconstructions, self.checkpoints):
-            folder.mkdir(mode=0o700, exist_ok=True)
+            make_folder(folder)
 
     def claim_config(self, wanted: str) -> None:
         """The same for any resolved file, given as text."""

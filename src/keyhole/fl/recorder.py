@@ -28,7 +28,7 @@ from keyhole.experiment.transcript import (
     round_folder,
 )
 from keyhole.fl.convert import check_images, to_tensors
-from keyhole.solve.files import tensors_as_bytes, write_whole
+from keyhole.solve.files import make_folder, tensors_as_bytes, write_whole
 
 _LOG = logging.getLogger("keyhole.fl")
 
@@ -44,7 +44,7 @@ class Recorder(Strategy):
     aggregate is the same to the last bit. A round is written whole or not at all. When the disk is full or the limit
     reached, recording stops and training goes on; the log and ``transcript.json`` say so.
 
-    **A transcript is as sensitive as the data behind it.** Its files are readable by their owner alone (0600).
+    **A transcript is as sensitive as the data behind it.** Its folders and files are for their owner alone.
 
     Args:
         strategy: any strategy of Flower's Message API.
@@ -80,7 +80,7 @@ class Recorder(Strategy):
             "strategy": type(strategy).__name__,
         }
         try:
-            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            make_folder(self.folder)
             if (self.folder / TRANSCRIPT).exists():
                 raise StoreError(f"'{self.folder}' holds a transcript already; name another folder.")
             write_whole(self.folder / TRANSCRIPT, as_json(self._about))
@@ -251,7 +251,7 @@ def _moved(sent: Tensors, reply: Message) -> Tensors:
 def record_batches(directory: str | os.PathLike[str], message: Message, inputs: Tensor, labels: Tensor) -> None:
     """Keep what a client trains on, so that attacks on a transcript can be scored. For test runs with data of no harm.
 
-    Call it in the client's train function, once a round. Files are readable by their owner alone.
+    Call it in the client's train function, once a round. Folders and files are for their owner alone.
 
     Args:
         directory: a folder for the secrets of all clients, apart from the transcript.
@@ -270,7 +270,7 @@ def record_batches(directory: str | os.PathLike[str], message: Message, inputs: 
     place = Path(directory) / round_folder(int(str(rounds[0])))
     data = tensors_as_bytes({"inputs": inputs, "labels": labels.reshape(-1).to(torch.int64)})
     try:
-        place.mkdir(parents=True, exist_ok=True, mode=0o700)
+        make_folder(place)
         write_whole(place / client_file(str(message.metadata.dst_node_id)), data)
     except OSError as error:
         raise StoreError(f"cannot write secrets to '{place}': {error.strerror}.") from error

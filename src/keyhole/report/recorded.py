@@ -14,7 +14,7 @@ from keyhole.errors import StoreError
 from keyhole.experiment.recorded import Finding, Findings
 from keyhole.experiment.recorded_attack import Attempt
 from keyhole.report.groups import LEAK_MARGIN, LEAK_SSIM, SLACK
-from keyhole.solve.files import tensors_as_bytes, write_whole
+from keyhole.solve.files import make_folder, tensors_as_bytes, write_whole
 
 HEAD = ("round", "client", "images", "steps", "prediction", "attack", "attacker", "status", "score", "SSIM", "leaked")
 
@@ -180,7 +180,7 @@ def write_recorded(findings: Findings, folder: Path) -> Path:
         for a in one.attempts
     }
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         write_whole(folder / "reconstructions.safetensors", tensors_as_bytes(images))
         write_whole(folder / "report.json", (json.dumps(as_dict(findings), indent=1) + "\n").encode())
         write_whole(folder / "report.md", _markdown(findings).encode())

@@ -50,7 +50,7 @@ def digest(*parts: Tensors) -> str:
 def held(folder: Path, name: str) -> Iterator[Path]:
     """The path of a cached file, while no other process reads or writes it; raises `StoreError`."""
     try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        make_folder(folder)
         lock = os.open(folder / f"{name}.lock", os.O_RDWR | os.O_CREAT, 0o600)
     except OSError as error:
         raise unusable(folder, error) from error
@@ -62,6 +62,17 @@ def held(folder: Path, name: str) -> Iterator[Path]:
         yield folder / f"{name}.safetensors"
     finally:
         os.close(lock)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those above it that are missing, for the owner alone; raises `OSError`.
+
+    What there is already keeps its mode: whoever made it may want to share what is in it.
+    """
+    # `Path.mkdir` gives its mode to the last folder alone.
+    for place in (*reversed(folder.parents), folder):
+        if not place.is_dir():
+            place.mkdir(mode=0o700, exist_ok=True)
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -87,7 +98,7 @@ def write_tensors(path: Path, tensors: Tensors, metadata: dict[str, str]) -> Non
     """A safetensors file in an output folder, whole or not at all; raises `StoreError`."""
     data = tensors_as_bytes(tensors, metadata)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        make_folder(path.parent)
         write_whole(path, data)
     except OSError as error:
         raise StoreError(f"cannot write to the output folder '{path.parent}': {error.strerror}.") from error
