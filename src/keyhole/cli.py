@@ -334,9 +334,9 @@ def _flower(device: str) -> Callable[..., list[Trained]]:
         raise ConfigError("--backend flower trains on a CPU; leave out --device, or the backend.")
     # Read when Flower is imported. In their own apps users decide about it.
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
-    from keyhole.fl.apps import train_in_flower
+    from keyhole.fl.apps import leaves_when_interrupted, train_in_flower
 
-    return train_in_flower
+    return leaves_when_interrupted()(train_in_flower)
 
 
 _T = TypeVar("_T")

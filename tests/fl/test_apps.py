@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -297,6 +299,67 @@ def test_an_engine_that_does_not_start_is_one_sentence(tmp_path: Path, monkeypat
     with pytest.raises(ConfigError, match=r"^Flower's simulation engine stopped \(ValueError: no room\).$"):
         apps.train_in_flower(parse_training(raw()), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_server_that_does_not_end_is_not_waited_for_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(apps, "_END", 0.05)
+    server, ended = Server(parse_training(raw()), tmp_path), threading.Event()
+    monkeypatch.setattr(server, "_nodes", lambda grid: ended.wait(20))
+    busy = threading.Thread(target=server.main, args=(None, None))
+    busy.start()
+    while not server._started:
+        time.sleep(0.01)
+    began = time.monotonic()
+    server.stop()
+    assert time.monotonic() - began < 5 and busy.is_alive()
+    ended.set()
+    busy.join()
+
+
+_INTERRUPTED = """
+import signal, sys, threading, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
+import flwr.simulation
+from keyhole.fl import apps
+
+def wait():
+    while True:
+        time.sleep(60)
+
+def engine(*arguments, **more):
+    threading.Thread(target=wait, daemon=hangs != "threads").start()
+    print("running", flush=True)
+    try:
+        wait()
+    finally:
+        if hangs == "shutdown":
+            wait()
+
+hangs = sys.argv.pop()
+flwr.simulation.run_simulation = engine
+apps._LEAVE = 1
+from keyhole.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize("kind", ["threads", "shutdown"])
+def test_ctrl_c_ends_the_command_whatever_the_engine_waits_for(kind: str, tmp_path: Path) -> None:
+    """In place of the engine one whose threads, or whose shutdown, hang."""
+    pytest.importorskip("ray")
+    (tmp_path / "training.toml").write_text(tomli_w.dumps(raw()))
+    given = ["train", str(tmp_path / "training.toml"), "--out", str(tmp_path / "out"), "--backend", "flower", kind]
+    process = subprocess.Popen(
+        [sys.executable, "-c", _INTERRUPTED, *given], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout is not None and process.stdout.readline() == "running\n"
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=20)[1]
+    finally:
+        process.kill()
+    assert process.returncode == -signal.SIGALRM
+    assert said.startswith("Interrupted: what is done is stored") is (kind == "threads")
 
 
 def command(*arguments: str, without: str = "", mark: str = "") -> subprocess.CompletedProcess[str]:

@@ -9,12 +9,15 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import signal
 import threading
 import time
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from types import FrameType
 
 import torch
 from flwr.app import ConfigRecord, Context, Error, Message, MessageType, MetricRecord, RecordDict
@@ -37,6 +40,10 @@ _POLL = 0.02
 """Seconds between two looks for replies."""
 _JOIN = 120.0
 """Seconds for the clients to turn up."""
+_END = 20.0
+"""Seconds for a server that was stopped to end; it may be testing a network."""
+_LEAVE = 30
+"""Whole seconds for a process that was interrupted to end."""
 
 
 class _Stopped(Exception):
@@ -80,6 +87,30 @@ def train_in_flower(plan: TrainingPlan, folder: Path, *, told: Told = silent) ->
     return server.result()
 
 
+@contextmanager
+def leaves_when_interrupted() -> Iterator[None]:
+    """After Ctrl-C the process ends within 30 seconds, whatever it still waits for; a second Ctrl-C ends it at once.
+
+    Flower's engine leaves threads behind that wait for clients of a Ray that is no more, some of them for ever, and
+    Python waits for threads. By the system's alarm, as a hanging process cannot be relied on to end itself; Ray's
+    processes end with it. What is written is written whole. For a process that does nothing else.
+    """
+    usual = signal.getsignal(signal.SIGINT)
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.alarm(_LEAVE)
+        raise KeyboardInterrupt
+
+    if usual is signal.default_int_handler:  # and not ignored, as in the background of a shell
+        signal.signal(signal.SIGINT, leave)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGINT) is leave:
+            signal.signal(signal.SIGINT, usual)
+
+
 class Server:
     """The whole of `keyhole.experiment.train.train` as a ServerApp's main function.
 
@@ -114,10 +145,10 @@ class Server:
             self._ended.set()
 
     def stop(self) -> None:
-        """End at the next look for replies, and wait for that: what is written is written whole."""
+        """End at the next look for replies, and wait for that, though not for ever."""
         self._stop.set()
         if self._started:
-            self._ended.wait()
+            self._ended.wait(_END)
 
     def result(self) -> list[Trained]:
         """What was trained, or the error that ended it."""
