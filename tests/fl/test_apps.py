@@ -317,7 +317,7 @@ def test_a_server_that_does_not_end_is_not_waited_for_for_ever(tmp_path: Path, m
 
 
 _INTERRUPTED = """
-import signal, sys, threading, time
+import os, signal, sys, threading, time
 signal.signal(signal.SIGINT, signal.default_int_handler)
 import flwr.simulation
 from keyhole.fl import apps
@@ -328,7 +328,7 @@ def wait():
 
 def engine(*arguments, **more):
     threading.Thread(target=wait, daemon=hangs != "threads").start()
-    print("running", flush=True)
+    print("running", os.environ["RAY_ENABLE_AUTO_CONNECT"], flush=True)
     try:
         wait()
     finally:
@@ -353,7 +353,7 @@ def test_ctrl_c_ends_the_command_whatever_the_engine_waits_for(kind: str, tmp_pa
         [sys.executable, "-c", _INTERRUPTED, *given], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     try:
-        assert process.stdout is not None and process.stdout.readline() == "running\n"
+        assert process.stdout is not None and process.stdout.readline() == "running 0\n"
         process.send_signal(signal.SIGINT)
         said = process.communicate(timeout=20)[1]
     finally:

@@ -54,6 +54,20 @@ def test_ten_clients_learn_digits(tmp_path: Path) -> None:
     assert arrays[0] < 0.2 < 0.95 <= arrays[-1]
 
 
+@pytest.mark.parametrize("place", [EXAMPLE / "pyproject.toml", EXAMPLE.parents[1] / "docs" / "flower.md"])
+def test_the_command_that_is_told_runs_ten_clients(place: Path) -> None:
+    """As Flower reads it; of its own accord it simulates two."""
+    from flwr.common.config import parse_config_args
+    from flwr.supercore.constant import DEFAULT_SIMULATION_CONFIG
+    from flwr.supercore.utils import simulation_config_from_json
+
+    (told,) = re.findall(r'flwr run \. --federation-config "([^"]*)"', place.read_text())
+    assert place.read_text().count("flwr run . ") == 1
+    read = {name.replace("-", "_"): value for name, value in parse_config_args([told]).items()}
+    assert simulation_config_from_json(read).num_supernodes == 10
+    assert DEFAULT_SIMULATION_CONFIG.num_supernodes == 2
+
+
 def test_one_step_on_one_image_gives_it_away_to_whoever_has_transcript_and_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

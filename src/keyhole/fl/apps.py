@@ -67,6 +67,8 @@ def train_in_flower(plan: TrainingPlan, folder: Path, *, told: Told = silent) ->
     os.environ.setdefault("RAY_usage_stats_enabled", "0")
     # What Ray will do by itself some day, and else warns of in every run.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # A thread that comes too late, after the engine's end, would start a Ray of its own.
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     # Says that it is deprecated, in many lines; there is no other way into the engine from Python.
     from flwr.simulation import run_simulation
 
