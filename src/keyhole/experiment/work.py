@@ -72,14 +72,8 @@ def run_groups(
     if jobs == 1 or device.type != "cpu" or len(groups) == 1:
         with one_thread(device):
             for group in groups:
-                watch = Watch(
-                    checkpoint=checkpoint_of(checkpoints, group),
-                    progress=partial(report, group),
-                    paused=lambda: passed(deadline),
-                )
-                if passed(deadline):
-                    raise Paused
-                yield group, run_group(group, setups[group.setting], watch)
+                told = partial(report, group)
+                yield group, run_until(deadline, group, setups.__getitem__, checkpoints, told)
         return
     yield from _in_processes(
         study, [setup.fingerprint for setup in setups], groups, checkpoints, jobs, deadline, report
@@ -201,24 +195,29 @@ def _die_with_parent() -> None:
 
 
 def _work(group: Group) -> GroupResult:
-    deadline, last = _worker["deadline"], [0.0]
+    last = [0.0]
 
     def progress(fraction: float) -> None:
         if time.monotonic() - last[0] > 0.5:
             last[0] = time.monotonic()
             _worker["news"].put((group.hash, fraction))
 
+    return run_until(_worker["deadline"], group, _worker["loaded"].setup, _worker["checkpoints"], progress)
+
+
+def run_until(
+    deadline: float | None,
+    group: Group,
+    setup_of: Callable[[int], Setup],
+    checkpoints: Path,
+    progress: Callable[[float], None] = lambda fraction: None,
+) -> GroupResult:
+    """Run a group, or go on with it; `Paused` at the deadline leaves its state in the folder of checkpoints."""
     if passed(deadline):
         raise Paused
-    watch = Watch(
-        checkpoint=checkpoint_of(_worker["checkpoints"], group), progress=progress, paused=lambda: passed(deadline)
-    )
-    return run_group(group, _worker["loaded"].setup(group.setting), watch)
-
-
-def checkpoint_of(folder: Path, group: Group) -> Path:
-    """Where the state of an unfinished group is kept."""
-    return folder / f"{group.hash}.safetensors"
+    checkpoint = checkpoints / f"{group.hash}.safetensors"
+    watch = Watch(checkpoint=checkpoint, progress=progress, paused=lambda: passed(deadline))
+    return run_group(group, setup_of(group.setting), watch)
 
 
 def passed(deadline: float | None) -> bool:
