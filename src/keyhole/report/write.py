@@ -10,7 +10,9 @@ from keyhole.core.trial import Outcome
 from keyhole.errors import StoreError
 from keyhole.experiment.audit import SETTING
 from keyhole.experiment.store import Store
-from keyhole.report.render import Images, render_html, render_markdown
+from keyhole.report.markdown import render_markdown
+from keyhole.report.records import Images
+from keyhole.report.render import render_html
 from keyhole.report.summarize import Report, Setting, summarize
 
 
