@@ -24,9 +24,6 @@ from keyhole.core.modes import (
 from keyhole.core.types import Batch, GradFn, Key, LossFn, Tensors, Trace, Weights
 from keyhole.errors import ConfigError, ModelError
 
-Edit = Callable[[str, Tensor], Tensor]
-"""Rewrites the output of a named module during a trace."""
-
 
 @dataclass(frozen=True, eq=False)
 class Bounds:
@@ -188,31 +185,27 @@ class Task:
             for name, rate, shape in self.drops
         }
 
-    def trace(self, weights: Weights, inputs: Tensor, edit: Edit | None = None, masks: Tensors | None = None) -> Trace:
+    def trace(self, weights: Weights, inputs: Tensor, masks: Tensors | None = None) -> Trace:
         """Run the model on inputs (b, *shape) and keep what happens inside.
 
         Args:
             weights: parameters and buffers to run with.
             inputs: a batch in the model's input space.
-            edit: may replace the output of any named module without children, as it happens.
             masks: a draw of `masks`; without it active dropout keeps everything, and noise is 0.
         """
         activations: Tensors = {}
         statistics: Tensors = {}
         features: list[Tensor] = []
 
-        def watch(name: str) -> Callable[..., Tensor | None]:
-            def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        def watch(name: str) -> Callable[..., None]:
+            def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
                 if name == self.head:
                     features.append(args[0])
                 if name in self.norms:
                     over = [0, *range(2, args[0].dim())]
                     statistics[f"{name}.mean"] = args[0].mean(over)
                     statistics[f"{name}.var"] = args[0].var(over, correction=0)
-                if edit is not None:
-                    output = edit(name, output)
                 activations[name] = output
-                return output if edit is not None else None
 
             return hook
 
