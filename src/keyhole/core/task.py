@@ -20,6 +20,7 @@ from keyhole.core.modes import (
     norm_layers,
     one_mask_shape,
     replace_layers,
+    run_on_zeros,
 )
 from keyhole.core.types import Batch, GradFn, Key, LossFn, Tensors, Trace, Weights
 from keyhole.errors import ConfigError, ModelError
@@ -149,7 +150,10 @@ class Task:
             replace_layers(private, norms, by_batch_statistics)
         for name in norms:
             if batchnorm == "eval" and getattr(private.get_submodule(name), "running_mean", None) is None:
-                raise ModelError(f"BatchNorm layer '{name}' keeps no running statistics: it cannot run in eval mode.")
+                raise ModelError(
+                    f"BatchNorm layer '{name}' keeps no running statistics, which eval mode needs; "
+                    'set model.batchnorm = "train_shared" or "train_hidden".'
+                )
         rates = {name: float(private.get_submodule(name).p) for name in drops} if dropout == "active" else {}  # type: ignore[arg-type]
         shapes = {name: one_mask_shape(private, name, input_shape) for name in rates}
         replace_layers(private, tuple(rates), by_mask)
@@ -295,14 +299,8 @@ def _find_head(model: nn.Module, input_shape: tuple[int, ...], num_classes: int)
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
     ]
-    first = next(model.parameters(), None)
-    dtype = torch.float32 if first is None else first.dtype
     try:
-        with torch.no_grad():
-            # Two, as BatchNorm in train mode has no statistics of a single vector.
-            logits = model(torch.zeros(2, *input_shape, dtype=dtype))
-    except Exception as error:
-        raise ModelError(f"the model does not accept inputs of shape {tuple(input_shape)}: {error}") from error
+        logits = run_on_zeros(model, input_shape)
     finally:
         for handle in handles:
             handle.remove()
