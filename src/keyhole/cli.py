@@ -382,11 +382,11 @@ def _print_table(lines: list[tuple[str, ...]]) -> None:
 
 
 def _report(folder: Path) -> None:
-    from keyhole.report.render import render_verdict
+    from keyhole.report.tables import verdict_table
     from keyhole.report.write import write_report
 
     report, html = write_report(folder)
-    _print_table(render_verdict(report))
+    _print_table(verdict_table(report))
     out.print()
     out.print(report.verdict, highlight=False, markup=False)
     out.print(f"\nReport: {html.resolve()}", highlight=False, soft_wrap=True)

@@ -6,7 +6,6 @@ import json
 import math
 import shutil
 import stat
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from keyhole.cli import main
+from command_line import run
 from keyhole.core.keys import fold_in, new_key
-from keyhole.core.registry import DEFENSES
 from keyhole.core.trial import Spec
 from keyhole.defenses.dp_sgd import DPSGD
 from keyhole.errors import ConfigError, ModelError, StoreError
@@ -161,24 +159,7 @@ def test_a_folder_of_another_training_is_left_alone(tmp_path: Path) -> None:
         train(plan_of(rounds=2), tmp_path)
 
 
-@pytest.fixture
-def registered() -> Any:
-    """Adds a defense to the registry for one test."""
-    from keyhole.core.defense import Context, Defense
-    from keyhole.core.types import Tensors
-
-    class Dropping(Defense):
-        """Sends nothing."""
-
-        def on_update(self, update: Tensors, ctx: Context) -> Tensors:
-            return {name: torch.zeros_like(value) for name, value in update.items()}
-
-    DEFENSES.add(name="dropping", paper="test", arxiv="0000.00000")(Dropping)
-    yield
-    DEFENSES._cards.pop("dropping")
-
-
-def test_a_client_that_returns_what_it_got_ends_the_training(tmp_path: Path, registered: None) -> None:
+def test_a_client_that_returns_what_it_got_ends_the_training(tmp_path: Path, dropping: None) -> None:
     with pytest.raises(ModelError, match="client 0 returned exactly the weights it got in round 1 under dropping"):
         train(plan_of({"name": "dropping"}, rounds=1), tmp_path)
 
@@ -256,17 +237,6 @@ def test_presets_resolve_to_themselves(name: str, tmp_path: Path) -> None:
     path = tmp_path / f"{name}.toml"
     path.write_text(plan.to_toml())
     assert load_training(str(path)) == plan
-
-
-def run(*arguments: str) -> int:
-    with pytest.MonkeyPatch.context() as patch:
-        import warnings
-
-        patch.setattr(sys, "argv", ["keyhole", *arguments])
-        patch.setattr(warnings, "showwarning", warnings.showwarning)
-        with pytest.raises(SystemExit) as left:
-            main()
-        return int(left.value.code or 0)
 
 
 @pytest.mark.parametrize(

@@ -119,7 +119,7 @@ def _outlook(
         core_seconds=price([(group, setup) for group in (*tuning, *attacking)], pacer, 1).core_seconds,
         problems=tuple(problems),
         training=_training(experiment),
-        feasibility=predict(experiment, setup, _runnable(experiment, attacking, setup, pacer)),
+        feasibility=predict(experiment, setup, _runnable(attacking, setup, pacer)),
     )
 
 
@@ -149,7 +149,7 @@ def _problems(groups: list[Group], setup: Setup, pacer: Pacer) -> Iterator[str]:
                 yield f"{trial.attack.name}, {trial.attacker}, {_chain(trial.defense)}: {pace.problem}"
 
 
-def _runnable(experiment: Experiment, groups: list[Group], setup: Setup, pacer: Pacer) -> list[Attack]:
+def _runnable(groups: list[Group], setup: Setup, pacer: Pacer) -> list[Attack]:
     """Attacks that ran undefended when they were timed."""
     naive = [g for g in groups if g.trials[0].attacker == "naive" and not g.trials[0].defense]
     ran = [g.trials[0].attack for g in naive if not pacer.pace(g.trials[0], setup, len(g.trials)).problem]
