@@ -138,5 +138,5 @@ def test_the_version_is_that_of_the_package(
 ) -> None:
     from keyhole import __version__
 
-    assert run(monkeypatch, "--version") == 0
+    assert run("--version") == 0
     assert capsys.readouterr().out == f"keyhole {__version__}\n"
