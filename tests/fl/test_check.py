@@ -1,4 +1,4 @@
-"""Mods that are right, and mods that are wrong in one way each: the measurement must say which, and with what numbers."""
+"""Mods that are right, and mods that are wrong in one way each: which is which, and with what numbers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from keyhole.fl import check as checked
 from keyhole.fl.facts import BY_ENTRY, BY_TENSOR, TOGETHER
 
 Arrays = dict[str, np.ndarray]
-CLIP, STD, COUNT = 1.0, 0.05, 40
+CLIP, STD, COUNT, NORMS = 1.0, 0.05, 40, (1e-3, 0.1, 10.0, 1e3)
 
 
 class Net(nn.Module):
@@ -83,14 +83,14 @@ def noised(moved: Arrays, rng: np.random.Generator, std: float = STD) -> Arrays:
     return {n: one + std * rng.standard_normal(one.shape) for n, one in moved.items()}
 
 
-def facts(change: Callable[..., Arrays], model: Any = None, **how: Any) -> ModFacts:
+def facts(change: Callable[..., Arrays], model: Any = None, messages: int = COUNT, **how: Any) -> ModFacts:
     torch.manual_seed(0)
-    return check_mod(Mine(change, **how), model or Net(), messages=COUNT)
+    return check_mod(Mine(change, **how), model or Net(), norms=NORMS, messages=messages)
 
 
 def both(**how: Any) -> ModFacts:
     """Clipped to 1 over all parameters, then Gaussian noise of 0.05: as it should be."""
-    rng = np.random.default_rng(5)
+    rng = np.random.default_rng(1)
     return facts(lambda moved, *_: noised(clipped(moved), rng), **how)
 
 
@@ -108,7 +108,7 @@ def test_a_mod_that_is_right_is_found_right() -> None:
     assert found.buffers == {"floating-point": "as the app made them", "integer": "as the app made them"}
     assert found.crowding == 1 and found.records == "as the app made them" and not found.keeps_state
     assert not any(case.bare for case in found.cases.values())
-    assert [level.norm for level in found.levels] == list(checked.NORMS)
+    assert [level.norm for level in found.levels] == list(NORMS)
     found.expect(clip=CLIP, noise_std=STD)
     said = str(found)
     assert "Clip: at a norm of 1.0" in said or "Clip: at a norm of 0.9" in said
@@ -220,7 +220,7 @@ AGAIN, NEXT, OTHER = "when a message comes again", "in a client's next round", "
     ids=["constant", "client and round", "round", "client", "numpy", "torch", "tensors"],
 )
 def test_noise_that_comes_again_is_found(change: Callable[..., Arrays], where: set[str]) -> None:
-    found = facts(change)
+    found = facts(change, messages=12)
     assert set(found.repeats) == where
     with pytest.raises(Unmet, match=f"met again .*{min(where)}"):
         found.expect()
@@ -310,8 +310,8 @@ def test_buffers() -> None:
     assert "changed" in found.buffers["floating-point"] and "noise of standard deviation 0.0" in str(found)
     assert found.buffers["integer"] == "as the app made them"
     # Buffers that moved by 100 times the update's norm, which is 0.1, in one clip of 1 with it.
-    assert found.crowding == pytest.approx(1 / (100.01**0.5 * 0.1) / 10, rel=0.2)
-    assert "Buffers count in the norm: once they move, 0.1" in str(found)
+    assert found.crowding == pytest.approx(1 / (100 + 0.01) ** 0.5, rel=0.2)
+    assert "Buffers count in the norm: once they move, 0.0" in str(found)
     kept = facts(lambda moved, received, number: noised(moved, rng) | {n: 0 * received[n] for n in BUFFERS})
     assert kept.buffers["floating-point"] == "as the server sent them" and kept.crowding == 1
     assert facts(lambda moved, *_: moved, nn.Linear(3, 2)).buffers == {}
@@ -324,9 +324,9 @@ def test_mods_are_composed_as_in_flower_the_first_one_outermost() -> None:
     rng = np.random.default_rng(5)
     clip = Mine(lambda moved, *_: clipped(moved))
     noise = Mine(lambda moved, *_: noised(moved, rng))
-    check_mod([noise, clip], Net(), messages=COUNT).expect(clip=CLIP, noise_std=STD)
+    check_mod([noise, clip], Net(), norms=NORMS, messages=COUNT).expect(clip=CLIP, noise_std=STD)
     with pytest.raises(Unmet, match="not the same on large updates"):
-        check_mod([clip, noise], Net(), messages=COUNT).expect(noise_std=STD)
+        check_mod([clip, noise], Net(), norms=NORMS, messages=COUNT).expect(noise_std=STD)
 
 
 def test_metrics_and_what_is_kept() -> None:
@@ -363,10 +363,15 @@ def test_the_statistics_against_scipy_and_their_own_law() -> None:
 
 def test_nothing_is_left_behind() -> None:
     logger = logging.getLogger("flwr")
-    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist(), logger.level
-    first = check_mod(LocalDpMod(1.0, 0.01, 1.0, 1e-5), Net().state_dict(), messages=10)
-    after = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist(), logger.level
-    assert before == after
+    arrays = Net().state_dict()
+
+    def now() -> list[int]:
+        states = np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+        return [hash(random.getstate()), *(hash(tuple(one)) for one in states), logger.level]
+
+    before = now()
+    first = check_mod(LocalDpMod(1.0, 0.01, 1.0, 1e-5), arrays, messages=10)
+    assert now() == before
     assert first.parameters == 147 + 16, "of a state dict every floating-point array is a parameter"
 
 
@@ -390,7 +395,7 @@ def test_flowers_clipping_mods() -> None:
 
 def test_flowers_local_dp_has_the_noise_that_it_documents_from_a_generator_that_apps_seed() -> None:
     std = 0.01 * (2 * np.log(1.25 / 1e-5)) ** 0.5 / 0.5
-    found = check_mod(LocalDpMod(1.0, 0.01, 0.5, 1e-5), Net(), messages=COUNT)
+    found = check_mod(LocalDpMod(1.0, 0.01, 0.5, 1e-5), Net(), norms=NORMS, messages=COUNT)
     found.expect(clip=1.0, noise_std=std, within=0.05, fresh=False, closed=False)
     assert found.repeats == ("when the app seeds the global generators",)
     assert "noise of standard deviation 0.0" in found.buffers["floating-point"]
@@ -406,13 +411,13 @@ def test_our_own_mod() -> None:
     torch.manual_seed(0)
     model = Net(scalar=True)
     defense = chain(DEFENSES.build("clip", norm=CLIP), DEFENSES.build("gaussian_noise", std=STD))
-    found = check_mod(DefenseMod(defense, model), model, messages=COUNT)
+    found = check_mod(DefenseMod(defense, model), model, norms=(1e-3, 0.1, 1e3), messages=16)
     found.expect(clip=CLIP, noise_std=STD)
     assert found.buffers == {"floating-point": "as the app made them", "integer": "as the app made them"}
-    seeded = check_mod(DefenseMod(defense, model, seed=0), model, messages=COUNT)
+    seeded = check_mod(DefenseMod(defense, model, seed=0), model, norms=NORMS[:2], messages=10)
     assert seeded.repeats == (AGAIN,)
     mask = DEFENSES.build("random_masking", rate=0.5, rescale=True, batchnorm=True)
-    masked = check_mod(DefenseMod(mask, model), model, messages=COUNT)
+    masked = check_mod(DefenseMod(mask, model), model, norms=NORMS[1:3], messages=10)
     masked.expect()
     assert 0.4 < masked.zeroed < 0.6 and masked.noise_follows_update
 
@@ -439,6 +444,59 @@ def test_wrong_input_is_one_sentence() -> None:
         ({"messages": 10**6}, "too many; take fewer"),
         ({"model": 3}, "model is a int"),
         ({"model": {"a": torch.arange(3)}}, "no floating-point parameters"),
+        ({"model": Net().bfloat16()}, "bfloat16, which Flower cannot send"),
+        ({"model": Net().half(), "norms": (1e-9, 1.0)}, "an update of norm 1e-09 is lost in rounding"),
+        ({"config": {"a": {}}}, "config cannot be sent"),
     ):
         with pytest.raises(ConfigError, match=sentence):
             check_mod(**{"mod": arrays_size_mod, "model": Net(), **arguments})
+
+
+CODE = """
+from flwr.clientapp.mod import LocalDpMod, fixedclipping_mod
+from torch import nn
+one = LocalDpMod(1.0, 0.01, 1.0, 1e-5)
+two = [one, fixedclipping_mod]
+number = 3
+def make():
+    return nn.Linear(20, 10)
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "sentence"),
+    [
+        (["mods_of_a_user:two", "--config", "clipping_norm=1.0"], 0, ""),
+        (["mods_of_a_user:one", "--clip", "2.0"], 1, "clipped to a norm of 1; 2 was expected"),
+        (["mods_of_a_user:one", "--noise-std", "0.02"], 1, "0.02 was expected"),
+        (["mods_of_a_user:two"], 2, "requires the key 'clipping_norm'"),
+        (["mods_of_a_user:LocalDpMod"], 2, "a mod that is made already"),
+        (["mods_of_a_user:number"], 2, "is a int"),
+        (["mods_of_a_user:three"], 2, "has no 'three'"),
+        (["mods_of_a_user"], 2, "package.module:name"),
+        (["absent_module:mod"], 2, "cannot be imported"),
+        (["mods_of_a_user:one", "--config", "clip"], 2, "--config 'clip' must be written as KEY=VALUE"),
+        (["mods_of_a_user:one", "--messages", "3"], 2, "at least 10"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_the_command_line(
+    arguments: list[str],
+    code: int,
+    sentence: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "mods_of_a_user.py").write_text(CODE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("warnings.showwarning", lambda *a, **k: None)
+    given = ["keyhole", "check-mod", "--model", "mods_of_a_user:make", "--messages", "10", *arguments]
+    monkeypatch.setattr("sys.argv", given)
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    assert int(left.value.code or 0) == code
+    printed = capsys.readouterr()
+    assert sentence in printed.err and "Traceback" not in printed.err
+    assert printed.err.count("\n") == (code > 0)
+    assert ("210 parameters in 2 tensors" in printed.out) == (code < 2)

@@ -44,7 +44,7 @@ class Bench:
         run_config: of each Context.
 
     Raises:
-        ConfigError: there are no parameters.
+        ConfigError: there are no parameters, or Flower cannot send them or the config.
     """
 
     def __init__(
@@ -60,15 +60,24 @@ class Bench:
             state, names = dict(model), {name for name, value in model.items() if value.is_floating_point()}
         else:
             raise ConfigError(f"model is a {type(model).__name__}; a torch.nn.Module or its state dict is needed.")
+        state = {name: value.detach().cpu() for name, value in state.items() if value.numel()}
+        names &= set(state)
         if not names:
             raise ConfigError("the model has no floating-point parameters.")
-        self.state: Arrays = {name: value.detach().cpu().numpy().copy() for name, value in state.items()}
+        for name, value in state.items():
+            if value.dtype == torch.bfloat16:
+                raise ConfigError(f"'{name}' is of type bfloat16, which Flower cannot send.")
+        self.state: Arrays = {name: value.numpy().copy() for name, value in state.items()}
         self.parts: dict[str, slice] = {}
         self.size = 0
         for name in (name for name in self.state if name in names):
             self.parts[name] = slice(self.size, self.size + self.state[name].size)
             self.size += self.state[name].size
         self.buffers = tuple(name for name in self.state if name not in names)
+        try:
+            ConfigRecord(dict(config))
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"config cannot be sent ({cause(error)}).") from error
         self.config, self.run_config = dict(config), dict(run_config)
         self.answer: Answer = plain(self.state)
         self.app = ClientApp(mods=mods)

@@ -126,6 +126,8 @@ class _Run:
         self.out = bench.updates(plain(bench.trained(aimed)), count)
         # The update as the arrays' own type holds it.
         self.sent = bench.flat(bench.trained(aimed)) - bench.flat(bench.state)
+        if np.linalg.norm(self.sent - aimed) > 0.5 * self.norm:
+            raise ConfigError(f"an update of norm {self.norm:g} is lost in rounding; take larger norms.")
         self.first = first or self
 
     def share(self, at: slice | NDArray[Any] = slice(None)) -> Interval:
@@ -164,12 +166,14 @@ def _clip(bench: Bench, runs: list[_Run]) -> tuple[Interval | None, str, tuple[s
     if chance < SURE and inside > 0.01 * np.linalg.norm(kept):
         return norm, BY_ENTRY, unclipped
     halves = {name: share.high - share.value for name, share in clipped.items()}
+    sizes = {name: float(np.linalg.norm(top.sent[bench.parts[name]])) for name in clipped}
     if any(abs(one.value - joint.value) > 3 * halves[name] + 1e-3 * joint.value for name, one in clipped.items()):
-        sizes = {name: float(np.linalg.norm(top.sent[bench.parts[name]])) for name in clipped}
         value = math.hypot(*(one.value * sizes[name] for name, one in clipped.items()))
         half = math.hypot(*(one.value * halves[name] * sizes[name] ** 2 for name, one in clipped.items())) / value
         return Interval(value, value - half, value + half), BY_TENSOR, unclipped
-    clear = len(clipped) == 1 or 3 * sorted(halves.values())[-2] < joint.value
+    # Would it have shown if each tensor had been clipped, to one norm that makes up the same whole?
+    each = {name: norm.value / math.sqrt(len(sizes)) / size for name, size in sizes.items()}
+    clear = len(sizes) == 1 or any(abs(each[name] - joint.value) > 6 * halves[name] for name in sizes)
     return norm, TOGETHER if clear else UNSEEN, unclipped
 
 
@@ -187,7 +191,8 @@ def _weights_matter(bench: Bench, run: _Run, count: int, rng: np.random.Generato
     except Withheld:
         return math.inf
     sent = bench.flat(trained) - bench.flat(weights)
-    size, chance = _excess((out - sent) - (run.out - run.sent), bench.rounding(run.aimed, weights))
+    rounding = bench.rounding(run.aimed) + bench.rounding(run.aimed, weights)
+    size, chance = _excess((out - sent) - (run.out - run.sent), rounding)
     moved = size / run.norm if chance < SURE else 0.0
     # Noise in proportion to the weights has the same mean, but another size.
     before, after = (((one - one.mean(0)) ** 2).sum(1) for one in (run.out, out))
@@ -229,6 +234,8 @@ def _std(out: Flat) -> tuple[Interval | None, Interval | None]:
     excess = (ratio - 3) / (1 - 1 / count) ** 2
     each = fourths / squares.mean() ** 2 - 2 * ratio * squares / squares.mean()
     around = float(stats.t.ppf(0.975, count - 1) * each.std(ddof=1)) / math.sqrt(count)
+    # Few messages may look too much alike; no law is told from a Gaussian more closely than a Gaussian from itself.
+    around = max(around, 1.96 * math.sqrt(24 / out.size))
     freedom = (count - 1) * out.shape[1] * 2 / (2 + max(excess, -1.5))
     low, high = (math.sqrt(freedom * variance / stats.chi2.ppf(p, freedom)) for p in (0.975, 0.025))
     return Interval(math.sqrt(variance), low, high), Interval(excess, excess - around, excess + around)
@@ -239,11 +246,12 @@ def _repeats(bench: Bench, low: _Run, rng: np.random.Generator) -> tuple[str, ..
     centre, spread = low.out.mean(0), low.out.std(0, ddof=1)
     varies = spread > 0
     if not varies.any():
-        # One vector for all: then it comes with an update in another direction, too.
-        trained = bench.trained(low.norm * bench.direction(rng))
-        other = bench.updates(plain(trained), 1)[0] - (bench.flat(trained) - bench.flat(bench.state))
+        # One vector for all: then it comes with other weights and an update in another direction, too.
+        weights = bench.trained(rng.standard_normal(bench.size))
+        trained = bench.trained(low.norm * bench.direction(rng), weights)
+        other = bench.updates(plain(trained), 1, weights)[0] - (bench.flat(trained) - bench.flat(weights))
         added = low.out[0] - low.sent
-        rounding = np.linalg.norm(bench.rounding(low.sent))
+        rounding = np.linalg.norm(bench.rounding(low.sent) + bench.rounding(low.sent, weights))
         same = min(np.linalg.norm(added), np.linalg.norm(other)) > rounding and _alike(added, other)
         return ("in every message",) if same else ()
     answer, pairs = plain(bench.trained(low.aimed)), min(_PAIRS, len(low.out))
