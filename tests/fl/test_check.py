@@ -106,7 +106,7 @@ def test_a_mod_that_is_right_is_found_right() -> None:
     assert found.kurtosis.low < 0 < found.kurtosis.high
     assert not found.repeats and not found.weights_matter and not found.bias.seen and not found.zeroed
     assert found.buffers == {"floating-point": "as the app made them", "integer": "as the app made them"}
-    assert found.crowding == 1 and found.records == "as the app made them" and not found.keeps_state
+    assert found.crowding is None and found.records == "as the app made them" and not found.keeps_state
     assert not any(case.bare for case in found.cases.values())
     assert [level.norm for level in found.levels] == list(NORMS)
     found.expect(clip=CLIP, noise_std=STD)
@@ -310,10 +310,11 @@ def test_buffers() -> None:
     assert "changed" in found.buffers["floating-point"] and "noise of standard deviation 0.0" in str(found)
     assert found.buffers["integer"] == "as the app made them"
     # Buffers that moved by 100 times the update's norm, which is 0.1, in one clip of 1 with it.
-    assert found.crowding == pytest.approx(1 / (100 + 0.01) ** 0.5, rel=0.2)
-    assert "Buffers count in the norm: once they move, 0.0" in str(found)
+    found = facts(lambda moved, *_: clipped(moved), whole=True)
+    assert found.crowding is not None and found.crowding.value == pytest.approx(1 / (100 + 0.01) ** 0.5, rel=1e-4)
+    assert "Buffers that move crowd parameters out: a share of 0." in str(found)
     kept = facts(lambda moved, received, number: noised(moved, rng) | {n: 0 * received[n] for n in BUFFERS})
-    assert kept.buffers["floating-point"] == "as the server sent them" and kept.crowding == 1
+    assert kept.buffers["floating-point"] == "as the server sent them" and kept.crowding is None
     assert facts(lambda moved, *_: moved, nn.Linear(3, 2)).buffers == {}
 
 
@@ -383,7 +384,7 @@ def test_flowers_clipping_mods() -> None:
         found = check_mod(mod, model, config={"clipping_norm": 0.5}, messages=10)
         assert found.clip is not None and found.clip.value == pytest.approx(0.5, rel=1e-4)
         assert (found.clip_over, found.unclipped) == (TOGETHER, ("scale",))
-        assert found.noise is None and not found.weights_matter and found.crowding < 0.2
+        assert found.noise is None and not found.weights_matter and found.crowding is not None
         assert found.cases["NaN in the update"].leaves == "an update of norm 1000, besides values that are not finite"
         assert "ZeroDivisionError" in found.cases["an update of zero"].leaves
         assert found.cases["an error from the app"].leaves == "an error (the app's own)"

@@ -137,7 +137,7 @@ class _Run:
         if self.norm >= 100 * self.first.norm:
             # Noise that follows from what was seeded is the same on the smallest update, and can be taken off.
             same = (self.first.out - self.first.sent)[:, at] @ sent / (sent @ sent)
-            best = shares - same if np.std(shares - same) < np.std(shares) else shares
+            best = shares - same if np.std(shares - same) < 0.5 * np.std(shares) else shares
         mean = float(best.mean())
         half = float(stats.t.ppf(0.975, len(best) - 1) * best.std(ddof=1)) / math.sqrt(len(best))
         # Equal numbers may differ from their mean in the last bit.
@@ -288,7 +288,7 @@ def _alike(one: Flat, two: Flat) -> bool:
     return scale > 0 and float((one * two).mean()) / scale > 0.1 + 5 / math.sqrt(one.size)
 
 
-def _buffers(bench: Bench, run: _Run, count: int) -> tuple[dict[str, str], float]:
+def _buffers(bench: Bench, run: _Run, count: int) -> tuple[dict[str, str], Interval | None]:
     """What becomes of buffers that move, and of the parameters beside them."""
     floats = [name for name in bench.buffers if np.issubdtype(bench.state[name].dtype, np.floating)]
     others = [name for name in bench.buffers if name not in floats]
@@ -299,21 +299,23 @@ def _buffers(bench: Bench, run: _Run, count: int) -> tuple[dict[str, str], float
         step = far / math.sqrt(sum(bench.state[one].size for one in floats)) if name in floats else math.ceil(far)
         arrays[name] = ~value if value.dtype == np.bool_ else (value + step).astype(value.dtype)
     if not kinds:
-        return {}, 1.0
+        return {}, None
     left: list[Arrays] = []
     try:
         for i in range(count):
             left.append(bench.arrays(bench.ask(plain(arrays), client=i, turn=i, draws=i)))
     except Withheld as error:
-        return dict.fromkeys(kinds, f"once they move there leaves {error}"), 1.0
+        return dict.fromkeys(kinds, f"once they move there leaves {error}"), None
     words = {
         kind: _fate([([one.get(n, np.empty(0)) for one in left], arrays[n], bench.state[n]) for n in names])
         for kind, names in kinds.items()
     }
-    change = (np.stack([bench.flat(one) for one in left]) - bench.flat(bench.state) - run.out) @ run.sent
-    change, share = change / (run.sent @ run.sent), run.share().value
-    crowded = change.mean() < -0.05 * share - 4 * change.std() / math.sqrt(count)
-    return words, max(0.0, 1 + float(change.mean()) / share) if crowded else 1.0
+    rest = np.stack([bench.flat(one) for one in left]) - bench.flat(bench.state)
+    sent, share = run.sent, run.share().value
+    # With the same client, round and seeds as in the run before, of which any noise may be the same.
+    beside = 1 + (rest - run.out) @ sent / (sent @ sent * share)
+    mean, half = float(beside.mean()), float(stats.t.ppf(0.975, count - 1) * beside.std(ddof=1)) / math.sqrt(count)
+    return words, Interval(mean, mean - half, mean + half) if mean + 3 * half < 0.95 else None
 
 
 def _fate(buffers: list[tuple[list[NDArray[Any]], NDArray[Any], NDArray[Any]]]) -> str:

@@ -104,8 +104,8 @@ class ModFacts:
     """How much what leaves changes when the global weights do and the update does not, as a share of the update."""
     buffers: dict[str, str]
     """By kind, what becomes of what is not a parameter."""
-    crowding: float
-    """Share of the parameters' update that still leaves once buffers have moved a hundred times as far; 1: all."""
+    crowding: Interval | None
+    """How much of what else leaves of the parameters is left once buffers move a hundred times as far; none: all."""
     records: str
     """What becomes of metrics and config in the reply."""
     keeps_state: bool
@@ -206,7 +206,11 @@ class ModFacts:
             f"Bias: {self._bias()}",
             f"Entries that do not leave: {100 * self.zeroed:.3g} %.",
             *(f"Buffers, {kind}: {words}." for kind, words in self.buffers.items()),
-            *([f"Buffers count in the norm: {self._crowding()}"] if self.crowding < 1 else []),
+            *(
+                [f"Buffers that move crowd parameters out: a share of {self.crowding} is left."]
+                if self.crowding
+                else []
+            ),
             f"Metrics and config of the reply: {self.records}.",
             f"Kept in Context.state: {'something' if self.keeps_state else 'nothing'}.",
             "",
@@ -247,9 +251,6 @@ class ModFacts:
             return f"none seen in updates of norm {self.bias.norm:g} (chance {self.bias.chance:.2g})."
         size = f"{self.bias.entry:.2g} an entry, {self.bias.share:.2g} of the update's norm"
         return f"{size}, in updates of norm {self.bias.norm:g} (chance {self.bias.chance:.2g})."
-
-    def _crowding(self) -> str:
-        return f"once they move, {self.crowding:.2g} of the parameters' update is left."
 
 
 def _some(names: tuple[str, ...]) -> str:
