@@ -216,14 +216,16 @@ AGAIN, NEXT, OTHER = "when a message comes again", "in a client's next round", "
         (_global, {"when the app seeds the global generators"}),
         (_torch, {"when the app seeds the global generators"}),
         (_tensors, {"in two tensors of a message"}),
+        (lambda moved, *_: noised(moved, secret), set()),
     ],
-    ids=["constant", "client and round", "round", "client", "numpy", "torch", "tensors"],
+    ids=["constant", "client and round", "round", "client", "numpy", "torch", "tensors", "fresh"],
 )
 def test_noise_that_comes_again_is_found(change: Callable[..., Arrays], where: set[str]) -> None:
     found = facts(change, messages=12)
     assert set(found.repeats) == where
-    with pytest.raises(Unmet, match=f"met again .*{min(where)}"):
-        found.expect()
+    if where:
+        with pytest.raises(Unmet, match=f"met again .*{min(where)}"):
+            found.expect()
     found.expect(fresh=False, unbiased="in every message" not in where)
 
 
@@ -394,11 +396,17 @@ def test_flowers_clipping_mods() -> None:
     assert found.records == "'norm_bit' added"
 
 
-def test_flowers_local_dp_has_the_noise_that_it_documents_from_a_generator_that_apps_seed() -> None:
+def test_flowers_local_dp_has_the_noise_that_it_documents_from_a_generator_that_apps_seed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     std = 0.01 * (2 * np.log(1.25 / 1e-5)) ** 0.5 / 0.5
     found = check_mod(LocalDpMod(1.0, 0.01, 0.5, 1e-5), Net(), norms=NORMS, messages=COUNT)
     found.expect(clip=1.0, noise_std=std, within=0.05, fresh=False, closed=False)
     assert found.repeats == ("when the app seeds the global generators",)
+    monkeypatch.setattr(checked, "seed", np.random.seed)
+    assert check_mod(LocalDpMod(1.0, 0.01, 0.5, 1e-5), Net(), norms=NORMS[:2], messages=10).repeats == found.repeats
+    monkeypatch.setattr(checked, "seed", torch.default_generator.manual_seed)
+    assert not check_mod(LocalDpMod(1.0, 0.01, 0.5, 1e-5), Net(), norms=NORMS[:2], messages=10).repeats
     assert "noise of standard deviation 0.0" in found.buffers["floating-point"]
 
 
@@ -426,6 +434,9 @@ def test_our_own_mod() -> None:
 def test_a_level_at_which_nothing_leaves_is_told() -> None:
     model = nn.Linear(20, 10)
     model.register_buffer("index", torch.arange(4))
+    # Flower's cannot scale whole numbers, other than those without dimensions.
+    local = check_mod(LocalDpMod(1.0, 0.01, 1.0, 1e-5), model, messages=10)
+    assert "UFuncTypeError" in local.levels[-1].withheld
     found = check_mod(fixedclipping_mod, model, config={"clipping_norm": 1.0}, messages=10)
     assert found.clip is None and [level.share is None for level in found.levels] == [False] * 4 + [True] * 3
     assert "UFuncTypeError" in found.levels[-1].withheld and "UFuncTypeError" in str(found)
@@ -438,6 +449,7 @@ def test_wrong_input_is_one_sentence() -> None:
     for arguments, sentence in (
         ({"mod": fixedclipping_mod}, "there leaves an error .*requires the key 'clipping_norm'"),
         ({"mod": mod}, "there leaves nothing, as it raises AssertionError: never asked"),
+        ({"mod": lambda message, context, call_next: None}, "there leaves a NoneType in place of a message"),
         ({"messages": 9}, "messages is 9; it must be at least 10"),
         ({"norms": (1.0,)}, "at least two"),
         ({"norms": (1.0, 0.1)}, "ascending"),

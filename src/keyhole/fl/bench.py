@@ -149,9 +149,12 @@ class Bench:
         self.answer = answer
         seed(draws)
         try:
-            return self.app(message, context)
+            reply: Any = self.app(message, context)
         except Exception as error:
             raise Withheld(f"nothing, as it raises {cause(error)}") from error
+        if not isinstance(reply, Message):
+            raise Withheld(f"a {type(reply).__name__} in place of a message")
+        return reply
 
     def arrays(self, reply: Message) -> Arrays:
         """What a reply has of the model.
