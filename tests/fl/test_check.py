@@ -132,7 +132,7 @@ def test_what_is_not_as_expected_is_said_with_the_number() -> None:
     nothing = facts(lambda moved, *_: moved)
     assert nothing.clip is None and nothing.noise is None
     nothing.expect(noise_std=0.0)
-    with pytest.raises(Unmet, match=r"^Nothing is clipped; 1 was expected. There is no noise; .* 0.05 was expected.$"):
+    with pytest.raises(Unmet, match=r"^No clip is seen; 1 was expected. There is no noise; .* 0.05 was expected.$"):
         nothing.expect(clip=CLIP, noise_std=STD)
 
 
@@ -171,6 +171,10 @@ def test_noise_that_differs_between_tensors_or_grows_with_the_update_is_found() 
     assert found.noise_varies == ("last.bias",)
     with pytest.raises(Unmet, match="not the same in 'last.bias'"):
         found.expect(noise_std=STD)
+    late = facts(lambda moved, *_: noised(moved, rng) if norm(moved) > 1 else moved)
+    with pytest.raises(Unmet, match="not the same on large updates"):
+        late.expect(noise_std=0.0)
+    assert "Noise: follows the update; standard deviation 0 on the smallest." in str(late)
     # Noise before the clip is scaled with the update.
     found = facts(lambda moved, *_: clipped(noised(moved, rng)))
     assert found.noise_follows_update

@@ -189,7 +189,7 @@ def _weights_matter(bench: Bench, run: _Run, count: int, rng: np.random.Generato
     try:
         out = bench.updates(plain(trained), count, weights)
     except Withheld:
-        return math.inf
+        return 1.0
     sent = bench.flat(trained) - bench.flat(weights)
     rounding = bench.rounding(run.aimed) + bench.rounding(run.aimed, weights)
     size, chance = _excess((out - sent) - (run.out - run.sent), rounding)

@@ -170,7 +170,7 @@ class ModFacts:
 
     def _clip_unmet(self, clip: float, within: float) -> list[str]:
         if self.clip is None:
-            return [f"Nothing is clipped; {clip:g} was expected."]
+            return [f"No clip is seen; {clip:g} was expected."]
         wrong = []
         if self.clip.high < clip * (1 - within) or self.clip.low > clip * (1 + within):
             wrong.append(f"Updates are clipped to a norm of {self.clip}; {clip:g} was expected.")
@@ -183,10 +183,10 @@ class ModFacts:
         return wrong
 
     def _noise_unmet(self, std: float, within: float) -> list[str]:
-        if self.noise is None:
-            return [f"There is no noise; a standard deviation of {std:g} was expected."] if std > 0 else []
         wrong = []
-        if self.noise.high < std * (1 - within) or self.noise.low > std * (1 + within):
+        if self.noise is None:
+            wrong += [f"There is no noise; a standard deviation of {std:g} was expected."] if std > 0 else []
+        elif self.noise.high < std * (1 - within) or self.noise.low > std * (1 + within):
             wrong.append(f"The noise has a standard deviation of {self.noise}; {std:g} was expected.")
         elif not self.noise.within(std * (1 - within), std * (1 + within)):
             wrong.append(f"The noise, {self.noise}, cannot be told from {std:g} or from others; try more messages.")
@@ -206,11 +206,7 @@ class ModFacts:
             f"Bias: {self._bias()}",
             f"Entries that do not leave: {100 * self.zeroed:.3g} %.",
             *(f"Buffers, {kind}: {words}." for kind, words in self.buffers.items()),
-            *(
-                [f"Buffers that move crowd parameters out: a share of {self.crowding} is left."]
-                if self.crowding
-                else []
-            ),
+            *(f"Buffers that move crowd parameters out: a share of {one} is left." for one in [self.crowding] if one),
             f"Metrics and config of the reply: {self.records}.",
             f"Kept in Context.state: {'something' if self.keeps_state else 'nothing'}.",
             "",
@@ -237,10 +233,10 @@ class ModFacts:
         return f"at a norm of {self.clip}, over {self.clip_over}{but}."
 
     def _noise(self) -> str:
+        if self.noise_follows_update:
+            return f"follows the update; standard deviation {self.noise or 0} on the smallest."
         if self.noise is None:
             return "none."
-        if self.noise_follows_update:
-            return f"follows the update; standard deviation {self.noise} on the smallest."
         alike = f"not the same in {_some(self.noise_varies)}" if self.noise_varies else "alike in all tensors"
         return f"standard deviation {self.noise}, {alike}; excess kurtosis {self.kurtosis} (Gaussian 0, Laplace 3)."
 
