@@ -19,7 +19,7 @@ pytest.importorskip("flwr")
 os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
 
 from flwr.app import Array, ArrayRecord, Context, Error, Message, MessageType
-from flwr.clientapp.mod import LocalDpMod, adaptiveclipping_mod, arrays_size_mod, fixedclipping_mod
+from flwr.clientapp.mod import LocalDpMod, adaptiveclipping_mod, arrays_size_mod, fixedclipping_mod, message_size_mod
 
 from keyhole import cli
 from keyhole.core.defense import chain
@@ -415,7 +415,9 @@ def test_flowers_local_dp_has_the_noise_that_it_documents_from_a_generator_that_
 
 
 def test_a_mod_that_only_looks_defends_nothing() -> None:
-    found = check_mod(arrays_size_mod, Net(), messages=10)
+    for mod in (arrays_size_mod, message_size_mod):
+        found = check_mod(mod, Net(), norms=NORMS[:2], messages=10)
+        assert found.cases["an error from the app"].leaves.startswith("nothing, as it raises ValueError")
     assert found.clip is None and found.noise is None and found.bias is not None and not found.bias.seen
     assert found.cases["NaN in the update"].bare and found.cases["parameters in a second record"].bare
 
@@ -458,7 +460,7 @@ def test_wrong_input_is_one_sentence() -> None:
         ({"norms": (1.0,)}, "at least two"),
         ({"norms": (1.0, 0.1)}, "ascending"),
         ({"norms": (0.0, 0.1)}, "above 0"),
-        ({"messages": 10**6}, "too many; take fewer"),
+        ({"messages": 10**6}, "too much to hold; take fewer"),
         ({"model": 3}, "model is a int"),
         ({"model": {"a": torch.arange(3)}}, "no floating-point parameters"),
         ({"model": Net().bfloat16()}, "bfloat16, which Flower cannot send"),

@@ -52,8 +52,8 @@ def check_mod(
         config: entries that the mod needs in the message's config record, such as ``{"clipping_norm": 1.0}``.
         run_config: of the Context.
         norms: of the updates, ascending, above 0, at least two; they should reach far above the clip and far below it.
-        messages: of each kind, at least 10; intervals shrink with the root of their number. Their number times that of
-            parameters is at most 2^27.
+        messages: of each kind, at least 10; intervals shrink with the root of their number. Their number times those of
+            norms and parameters is at most 2^27: with 200 messages, 95,000 parameters.
         directions: seed of the directions of updates.
 
     Raises:
@@ -67,8 +67,9 @@ def check_mod(
     if len(norms) < 2 or sorted(set(norms)) != list(norms) or not 0 < norms[0] <= norms[-1] < math.inf:
         raise ConfigError(f"norms is {tuple(norms)!r}; at least two are needed, above 0 and ascending.")
     bench = Bench([*mod] if isinstance(mod, Sequence) else [mod], model, config or {}, run_config or {})
-    if messages * bench.size > _MOST:
-        raise ConfigError(f"{messages} messages of {bench.size} parameters are too many; take fewer, or a small model.")
+    if messages * bench.size * len(norms) > _MOST:
+        what = f"{messages} messages of {bench.size} parameters at {len(norms)} norms"
+        raise ConfigError(f"{what} are too much to hold; take fewer messages or norms, or a smaller model.")
     with apart():
         return _measured(bench, tuple(map(float, norms)), messages, np.random.default_rng(directions))
 
