@@ -67,6 +67,7 @@ NAME_WIDTH = 48
 Ray = Annotated[
     str | None, typer.Option("--ray", metavar="ADDRESS", help="Work on a Ray cluster: auto, host:port or local.")
 ]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would run, and what it costs.")]
 BACKENDS = ("lifted", "flower")
 
 
@@ -157,12 +158,18 @@ def train_command(
     backend: Annotated[str, typer.Option(help="What runs the clients: lifted (this process) or flower.")] = "lifted",
     jobs: Annotated[int, typer.Option(min=0, help="Trainings at a time on a CPU; 0: one a core.")] = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    dry: DryRun = False,
     ray: Ray = None,
 ) -> None:
     """Train by federated learning under each defense: accuracy, cost, checkpoints. Run again to go on."""
     if backend not in BACKENDS:
         raise UnknownName("backend", backend, BACKENDS, "--backend")
     plan = load_training(source, overrides or [])
+    if dry:
+        if backend == "flower":
+            raise ConfigError("--dry-run times the lifted backend; leave out --backend.")
+        _rehearse(plan, jobs, device, ray, audit=False)
+        return
     folder = out_dir or Path("trainings") / plan.title
     if backend == "flower":
         if ray is not None:
@@ -186,6 +193,7 @@ def frontier_command(
     overrides: Annotated[list[str] | None, typer.Option("--set", help="Override a key: audit.run.samples=4.")] = None,
     jobs: Annotated[int, typer.Option(min=0, help="Worker processes on a CPU; 0: one a core.")] = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    dry: DryRun = False,
     ray: Ray = None,
 ) -> None:
     """Train under each defense, then attack updates of chosen rounds: accuracy beside leakage in one report."""
@@ -194,6 +202,9 @@ def frontier_command(
     from keyhole.report.training import remarks
 
     plan = load_training(source, overrides or [])
+    if dry:
+        _rehearse(plan, jobs, device, ray, audit=True)
+        return
     folder = out_dir or Path("frontiers") / plan.title
     with _workers(ray, jobs, device) as workers:
         done = _interruptible(
@@ -404,6 +415,16 @@ def _interruptible(work: Callable[[_Bars], _T]) -> _T:
     except KeyboardInterrupt:  # caught here, as typer would end without a word
         err.print("Interrupted: what is done is stored; the same command goes on.")
         raise typer.Exit(130) from None
+
+
+def _rehearse(plan: TrainingPlan, jobs: int, device: str, ray: str | None, *, audit: bool) -> None:
+    from keyhole.experiment.rehearsal import rehearsal_in_words, rehearse
+    from keyhole.report.names import defense_name
+
+    if ray is not None:
+        raise ConfigError("--dry-run measures this machine; leave out --ray.")
+    found = rehearse(plan, audit=audit, name=defense_name, jobs=jobs, device=device)
+    print("\n".join(rehearsal_in_words(found, defense_name)))
 
 
 def _print_training(plan: TrainingPlan, done: list[Trained], folder: Path) -> None:
