@@ -46,7 +46,7 @@ docs: $(VENV)/.keyhole-dev
 	@echo "Documentation: site/index.html"
 
 clean:
-	rm -rf .venv build dist site docs/methods docs/defenses.md docs/inversions.md
+	rm -rf .venv build dist site docs/methods
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
 	find src tests docs examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 

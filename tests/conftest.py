@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -13,13 +13,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from keyhole.core.defense import Defense, chain
+from keyhole.core.defense import Context, Defense, chain
 from keyhole.core.keys import fold_in, new_key, split, uniform
 from keyhole.core.registry import ATTACKS, DEFENSES
 from keyhole.core.task import Bounds, Task, fit_weights, weights_of
 from keyhole.core.threat import ThreatModel, observe
 from keyhole.core.trial import Spec, Trial
-from keyhole.core.types import Batch, Observation, Weights
+from keyhole.core.types import Batch, Observation, Tensors, Weights
 from keyhole.solve.lift import Shared, lift, stack
 
 torch.set_num_threads(1)
@@ -199,6 +199,21 @@ def make_setup() -> Callable[..., Any]:
         return Setup(data, task, weights, "test#0", {0: "untrained#0"}, {0: {}}, "0", dtype, torch.device("cpu"))
 
     return make
+
+
+class Dropping(Defense):
+    """Sends nothing."""
+
+    def on_update(self, update: Tensors, ctx: Context) -> Tensors:
+        return {name: torch.zeros_like(value) for name, value in update.items()}
+
+
+@pytest.fixture
+def dropping() -> Iterator[None]:
+    """A defense of this name is registered for one test: its clients send nothing."""
+    DEFENSES.add(name="dropping", paper="test", arxiv="0000.00000")(Dropping)
+    yield
+    DEFENSES._cards.pop("dropping")
 
 
 @pytest.fixture

@@ -7,16 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from keyhole import cli
-
-
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.setattr("sys.argv", ["keyhole", *arguments])
-    monkeypatch.setattr("warnings.showwarning", lambda *a, **k: None)
-    with pytest.raises(SystemExit) as left:
-        cli.main()
-    return int(left.value.code or 0)
-
+from command_line import run
 
 MODEL = """
 from torch import nn
@@ -92,7 +83,7 @@ def test_one_sentence_and_code_2(
             f'[data]\nname = "digits"\n[model]\nfactory = "nets_under_test:{function}"\n[[attacks]]\nname = "idlg"\n'
         )
     before = {path.name for path in tmp_path.iterdir()}
-    assert run(monkeypatch, *arguments) == 2
+    assert run(*arguments) == 2
     said = capsys.readouterr().err
     assert sentence in said
     assert said.startswith("Error: ")
@@ -108,34 +99,34 @@ def test_own_factory_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
         '[data]\nname = "digits"\n[model]\nfactory = "nets_that_work:plain"\n[[attacks]]\nname = "idlg"\nsteps = 30\n'
         "[run]\nsamples = 2\n"
     )
-    assert run(monkeypatch, "audit", "mine.toml", "--jobs", "1") == 0
+    assert run("audit", "mine.toml", "--jobs", "1") == 0
     assert "recovered 2 of 2 images" in capsys.readouterr().out
     assert (tmp_path / "audits" / "mine" / "report.html").exists()
 
 
-def test_show_and_list(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(monkeypatch, "show", "random_masking") == 0
+def test_show_and_list(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("show", "random_masking") == 0
     shown = capsys.readouterr().out
     assert "granularity" in shown
     assert "2408.08430" in shown
-    assert run(monkeypatch, "list", "defenses") == 0
+    assert run("list", "defenses") == 0
     assert "gaussian_noise" in capsys.readouterr().out
 
 
 def test_init_and_dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
-    assert run(monkeypatch, "init") == 0
+    assert run("init") == 0
     assert "keyhole audit audit.toml --dry-run" in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["audit.toml"]
     before = (tmp_path / "audit.toml").read_bytes()
-    assert run(monkeypatch, "init") == 2
+    assert run("init") == 2
     assert (tmp_path / "audit.toml").read_bytes() == before
     arguments = ["audit", "quick", "--dry-run", "--set", "defenses=[]", "--set", "attacks.0.steps=20"]
-    assert run(monkeypatch, *arguments, "--jobs", "1") == 0
+    assert run(*arguments, "--jobs", "1") == 0
     said = capsys.readouterr().out
     assert "nothing has been run or written" in said
     assert "Prediction without a defense: likely recoverable." in said
-    assert run(monkeypatch, *arguments, "--json") == 0
+    assert run(*arguments, "--json") == 0
     told = json.loads(capsys.readouterr().out)
     assert told["settings"][0]["feasibility"]["verdict"] == "likely recoverable"
     assert told["cost"]["core_seconds"] > 0
@@ -147,5 +138,5 @@ def test_the_version_is_that_of_the_package(
 ) -> None:
     from keyhole import __version__
 
-    assert run(monkeypatch, "--version") == 0
+    assert run("--version") == 0
     assert capsys.readouterr().out == f"keyhole {__version__}\n"

@@ -1,7 +1,7 @@
 """The command line: verbs as typed functions.
 
-Exit codes: 0 done; 2 the input is wrong (one sentence on standard error says how); 3 paused by --seconds, the same
-command goes on; 130 interrupted, likewise.
+Exit codes: 0 done; 1 a mod is not what was expected of it; 2 the input is wrong (one sentence on standard error says
+how); 3 paused by --seconds, the same command goes on; 130 interrupted, likewise.
 """
 
 from __future__ import annotations
@@ -26,12 +26,13 @@ from rich.table import Column, Table
 import keyhole.experiment.spec  # noqa: F401  (fills the registries)
 from keyhole.core import registry
 from keyhole.core.registry import Card, Registry
-from keyhole.errors import ConfigError, KeyholeError, UnknownName
+from keyhole.errors import ConfigError, KeyholeError, UnknownName, Unmet
 from keyhole.experiment.audit import SETTING, audit
 from keyhole.experiment.dryrun import dry_run
 from keyhole.experiment.frontier import frontier
 from keyhole.experiment.invert import invert_rounds
 from keyhole.experiment.layers import with_layers
+from keyhole.experiment.overrides import read_value
 from keyhole.experiment.plan import Group
 from keyhole.experiment.prospect import in_words
 from keyhole.experiment.spec import load_study, presets
@@ -39,6 +40,7 @@ from keyhole.experiment.template import write_template
 from keyhole.experiment.train import Trained, train
 from keyhole.experiment.training_plan import TrainingPlan, load_training
 from keyhole.experiment.work import HERE, Workers
+from keyhole.zoo.models import build_model, import_own
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -65,6 +67,7 @@ NAME_WIDTH = 48
 Ray = Annotated[
     str | None, typer.Option("--ray", metavar="ADDRESS", help="Work on a Ray cluster: auto, host:port or local.")
 ]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would run, and what it costs.")]
 BACKENDS = ("lifted", "flower")
 
 
@@ -155,12 +158,18 @@ def train_command(
     backend: Annotated[str, typer.Option(help="What runs the clients: lifted (this process) or flower.")] = "lifted",
     jobs: Annotated[int, typer.Option(min=0, help="Trainings at a time on a CPU; 0: one a core.")] = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    dry: DryRun = False,
     ray: Ray = None,
 ) -> None:
     """Train by federated learning under each defense: accuracy, cost, checkpoints. Run again to go on."""
     if backend not in BACKENDS:
         raise UnknownName("backend", backend, BACKENDS, "--backend")
     plan = load_training(source, overrides or [])
+    if dry:
+        if backend == "flower":
+            raise ConfigError("--dry-run times the lifted backend; leave out --backend.")
+        _rehearse(plan, jobs, device, ray, audit=False)
+        return
     folder = out_dir or Path("trainings") / plan.title
     if backend == "flower":
         if ray is not None:
@@ -184,6 +193,7 @@ def frontier_command(
     overrides: Annotated[list[str] | None, typer.Option("--set", help="Override a key: audit.run.samples=4.")] = None,
     jobs: Annotated[int, typer.Option(min=0, help="Worker processes on a CPU; 0: one a core.")] = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    dry: DryRun = False,
     ray: Ray = None,
 ) -> None:
     """Train under each defense, then attack updates of chosen rounds: accuracy beside leakage in one report."""
@@ -192,6 +202,9 @@ def frontier_command(
     from keyhole.report.training import remarks
 
     plan = load_training(source, overrides or [])
+    if dry:
+        _rehearse(plan, jobs, device, ray, audit=True)
+        return
     folder = out_dir or Path("frontiers") / plan.title
     with _workers(ray, jobs, device) as workers:
         done = _interruptible(
@@ -229,6 +242,47 @@ def invert_command(
     _print_table(overview)
     out.print(f"\n{verdict}", highlight=False, markup=False)
     out.print(f"\nReport: {html.resolve()}", highlight=False, soft_wrap=True)
+
+
+@app.command("check-mod")
+def check_mod_command(
+    mod: Annotated[str, typer.Argument(metavar="PACKAGE.MODULE:MOD", help="A Flower client mod, or a list of them.")],
+    model: Annotated[str, typer.Option(help="package.module:factory of what clients train, or a registered name.")],
+    config: Annotated[list[str] | None, typer.Option(help="What the server sends: clipping_norm=1.0.")] = None,
+    run_config: Annotated[list[str] | None, typer.Option(help="An entry of the run config: KEY=VALUE.")] = None,
+    messages: Annotated[int, typer.Option(help="Messages of each kind; more make intervals smaller.")] = 200,
+    clip: Annotated[float | None, typer.Option(help="Expect this clip norm, and that the mod is sound.")] = None,
+    noise_std: Annotated[
+        float | None, typer.Option(help="Expect noise of this size, and that the mod is sound.")
+    ] = None,
+) -> None:
+    """Measure what a Flower client mod does to updates: clip, noise, bias, and what it lets through."""
+    # Read when Flower is imported. In their own apps users decide about it.
+    os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+    from keyhole.fl import check_mod
+
+    found = import_own(mod, "mod")
+    if isinstance(found, type) or not (callable(found) or isinstance(found, list | tuple)):
+        raise ConfigError(f"mod '{mod}' is a {type(found).__name__}; a mod that is made already, or a list, is needed.")
+    network = build_model(model, input_shape=(1, 28, 28), num_classes=10, options={}, seed=0)
+    sent, run = _entries("--config", config), _entries("--run-config", run_config)
+    facts = check_mod(found, network, config=sent, run_config=run, messages=messages)
+    print(facts)
+    if clip is not None or noise_std is not None:
+        try:
+            facts.expect(clip=clip, noise_std=noise_std)
+        except Unmet as error:
+            err.print(f"Not as expected: {error}", highlight=False, markup=False, soft_wrap=True)
+            raise typer.Exit(1) from None
+
+
+def _entries(option: str, given: list[str] | None) -> dict[str, Any]:
+    """``KEY=VALUE``, several times."""
+    pairs = [one.partition("=") for one in given or []]
+    for key, equals, text in pairs:
+        if not key.strip() or not equals:
+            raise ConfigError(f"{option} '{key}{equals}{text}' must be written as KEY=VALUE.")
+    return {key.strip(): read_value(text) for key, _, text in pairs}
 
 
 @app.command("report")
@@ -363,6 +417,16 @@ def _interruptible(work: Callable[[_Bars], _T]) -> _T:
         raise typer.Exit(130) from None
 
 
+def _rehearse(plan: TrainingPlan, jobs: int, device: str, ray: str | None, *, audit: bool) -> None:
+    from keyhole.experiment.rehearsal import rehearsal_in_words, rehearse
+    from keyhole.report.names import defense_name
+
+    if ray is not None:
+        raise ConfigError("--dry-run measures this machine; leave out --ray.")
+    found = rehearse(plan, audit=audit, name=defense_name, jobs=jobs, device=device)
+    print("\n".join(rehearsal_in_words(found, defense_name)))
+
+
 def _print_training(plan: TrainingPlan, done: list[Trained], folder: Path) -> None:
     from keyhole.report.training import remarks, write_training
 
@@ -382,11 +446,11 @@ def _print_table(lines: list[tuple[str, ...]]) -> None:
 
 
 def _report(folder: Path) -> None:
-    from keyhole.report.render import render_verdict
+    from keyhole.report.tables import verdict_table
     from keyhole.report.write import write_report
 
     report, html = write_report(folder)
-    _print_table(render_verdict(report))
+    _print_table(verdict_table(report))
     out.print()
     out.print(report.verdict, highlight=False, markup=False)
     out.print(f"\nReport: {html.resolve()}", highlight=False, soft_wrap=True)

@@ -8,6 +8,7 @@
     |-- DataError           images or labels cannot be read, or are not what they should be
     |-- ModelError          the model cannot be loaded or cannot be audited as it is
     |-- StoreError          the output folder cannot be used
+    |-- Unmet               a client mod does not do what was expected of it; an `AssertionError` too, for test-suites
     `-- Refused             this attack cannot run on what it was given; becomes a trial's status, not an exit
 """
 
@@ -51,6 +52,10 @@ class ModelError(KeyholeError):
 
 class StoreError(KeyholeError):
     """The output folder cannot be used."""
+
+
+class Unmet(KeyholeError, AssertionError):
+    """A client mod does not do what was expected of it: one sentence for each expectation."""
 
 
 class Refused(KeyholeError):

@@ -26,7 +26,8 @@ FRONTIERS = HERE / "measured" / "frontiers.json"
 INVERSIONS = HERE / "measured" / "inversions.json"
 CLAIMS = HERE.parent.parent / "audits" / "claims"
 
-AUDITS = ("masking", "masking_weak.toml", "dp_sgd", "soteria", "obscuring", "concealing", "concealing_inserted.toml")
+AUDITS = ("masking", "masking_weak.toml", "dp_sgd", "soteria", "obscuring", "concealing", "concealing_inserted.toml",
+          "training_losses")  # fmt: skip
 """Audits whose cells are kept, in the order of the page."""
 
 Cell = dict[str, Any]

@@ -28,6 +28,16 @@ def measure() -> ModuleType:
     return module
 
 
+@pytest.fixture(scope="module")
+def generate() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("generate", HERE.parent.parent / "docs" / "generate.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 CARDS = {path.stem: json.loads(path.read_text()) for path in sorted(HERE.glob("*.json"))}
 
 
@@ -44,6 +54,12 @@ def test_card_is_whole(name: str, measure: ModuleType) -> None:
 
 def test_page_is_that_of_the_cards(measure: ModuleType) -> None:
     assert measure.PAGE.read_text() == measure.render(CARDS), "run: python tests/claims/measure.py --render"
+
+
+def test_pages_of_what_was_measured_are_current(generate: ModuleType) -> None:
+    pages = {"defenses.md": generate.defenses_page(), "inversions.md": generate.inversions_page()}
+    for name, text in pages.items():
+        assert (generate.DOCS / name).read_text() == text, "run: python docs/generate.py"
 
 
 def test_an_unmet_claim_stays_visible(measure: ModuleType) -> None:

@@ -275,7 +275,7 @@ def test_a_group_goes_on_from_the_checkpoint_that_travelled(monkeypatch: pytest.
         return len(asked) == 3
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "passed", third_time)
+        patch.setattr("keyhole.experiment.work.passed", third_time)
         files = trials((group, {}))
     assert isinstance(files, dict) and len(files) == 1
     rest, whole = trials((group, files)), run_group(group, setup)

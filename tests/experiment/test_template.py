@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from keyhole import cli
+from command_line import run
 from keyhole.errors import ConfigError
 from keyhole.experiment.setup import prepare
 from keyhole.experiment.spec import load_study, parse_study
@@ -30,14 +30,6 @@ def make(input_shape, num_classes):
 def make_alone():
     return nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.Sigmoid(), nn.Linear(8, 2))
 """
-
-
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.setattr("sys.argv", ["keyhole", *arguments])
-    monkeypatch.setattr("warnings.showwarning", lambda *a, **k: None)
-    with pytest.raises(SystemExit) as left:
-        cli.main()
-    return int(left.value.code or 0)
 
 
 @pytest.fixture
@@ -65,20 +57,18 @@ def edited(text: str, data: str, factory: str) -> str:
     return "\n".join(lines)
 
 
-def test_ready_after_two_edits(
-    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run(monkeypatch, "init", "pets.toml") == 0
+def test_ready_after_two_edits(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("init", "pets.toml") == 0
     assert "pets.toml --dry-run" in capsys.readouterr().out
     path = place / "pets.toml"
     path.write_text(edited(path.read_text(), "pets", "own_nets:make"))
-    assert run(monkeypatch, "audit", "pets.toml", "--dry-run", "--json") == 0
+    assert run("audit", "pets.toml", "--dry-run", "--json") == 0
     (setting,) = json.loads(capsys.readouterr().out)["settings"]
     assert {defense.partition("(")[0] for defense, _, _ in setting["cells"]} == {"none", "gaussian_noise", "prune"}
     assert not setting["problems"]
     assert not (place / "audits").exists()
     small = ["run.samples=2", "attacks.0.steps=10", "attacks.0.tune.tv=[1e-2]", "attacks.1.steps=10", "defenses=[]"]
-    assert run(monkeypatch, "audit", "pets.toml", "--jobs", "1", *(f"--set={one}" for one in small)) == 0
+    assert run("audit", "pets.toml", "--jobs", "1", *(f"--set={one}" for one in small)) == 0
     assert (place / "audits" / "pets" / "report.html").exists()
     assert not list((place / "audits" / "pets" / "reconstructions").iterdir()), "private pictures were stored"
 
@@ -91,11 +81,9 @@ def test_a_factory_without_arguments_will_do(place: Path) -> None:
     assert prepare(experiment, torch.device("cpu")).task.num_classes == 2
 
 
-def test_unedited_it_says_what_to_edit(
-    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run(monkeypatch, "init") == 0
-    assert run(monkeypatch, "audit", "audit.toml", "--dry-run") == 2
+def test_unedited_it_says_what_to_edit(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("init") == 0
+    assert run("audit", "audit.toml", "--dry-run") == 2
     assert "path/to/pictures" in capsys.readouterr().err
 
 

@@ -14,7 +14,7 @@ from keyhole.core.keys import fold_in, integers, new_key, normal
 from keyhole.core.task import Bounds, Task, weights_of
 from keyhole.core.types import Tensors, Weights
 from keyhole.errors import ConfigError, ModelError
-from keyhole.federation.states import EARLY, LATE, STATES, Federation, accuracy, federate, rounds
+from keyhole.federation.states import EARLY, LATE, STATES, Federation, accuracy, rounds
 
 SHAPE, CLASSES = (1, 8, 8), 3
 
@@ -39,10 +39,16 @@ def gap(a: Weights, b: Weights) -> float:
     return max(float((x.double() - y.double()).abs().max()) for x, y in names)
 
 
+def trained(*given: Any, **options: Any) -> Weights:
+    """After the last round."""
+    *_, last = rounds(*given, **options)
+    return last.weights
+
+
 def test_one_client_with_full_batches_is_plain_training_with_the_momentum_dropped_each_round() -> None:
     task, weights, inputs, labels = problem()
     settings = Federation(rounds=3, clients=1, epochs=2, lr=0.1, batch_size=48, momentum=0.9, clip=None)
-    got = federate(task, weights, inputs, labels, settings, new_key(0))
+    got = trained(task, weights, inputs, labels, settings, new_key(0))
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = nn.Sequential(
@@ -65,20 +71,11 @@ def test_federated_training_learns_what_generalises(alpha: float | None) -> None
     task, weights, inputs, labels = problem()
     _, _, unseen, truth = problem(200, seed=9)
     before = accuracy(task, weights, unseen, truth)
-    losses: list[float] = []
     settings = Federation(rounds=15, clients=4, batch_size=8, alpha=alpha)
-    trained = federate(task, weights, inputs, labels, settings, new_key(0), lambda *at: losses.append(at[2]))
-    assert accuracy(task, trained, unseen, truth) > max(0.9, before)
-    assert losses[-1] < 0.3 < losses[0]
-
-
-def test_progress_is_told_after_each_round() -> None:
-    task, weights, inputs, labels = problem(20)
-    told: list[tuple[int, int]] = []
-    federate(
-        task, weights, inputs, labels, Federation(rounds=3, clients=2), new_key(0), lambda *at: told.append(at[:2])
-    )
-    assert told == [(1, 3), (2, 3), (3, 3)]
+    steps = list(rounds(task, weights, inputs, labels, settings, new_key(0)))
+    assert [after.number for after in steps] == list(range(1, 16))
+    assert accuracy(task, steps[-1].weights, unseen, truth) > max(0.9, before)
+    assert steps[-1].loss < 0.3 < steps[0].loss
 
 
 def test_training_goes_on_from_any_round_as_if_it_had_not_stopped() -> None:
@@ -95,15 +92,15 @@ def test_training_goes_on_from_any_round_as_if_it_had_not_stopped() -> None:
 def test_clients_together_or_one_by_one_give_the_same_state() -> None:
     task, weights, inputs, labels = problem(30)
     settings = Federation(rounds=3, clients=5, batch_size=4, alpha=0.5)
-    one, many = (federate(task, weights, inputs, labels, settings, new_key(2), together=k) for k in (1, 5))
+    one, many = (trained(task, weights, inputs, labels, settings, new_key(2), together=k) for k in (1, 5))
     assert gap(one, many) < 1e-10
-    assert gap(one, federate(task, weights, inputs, labels, settings, new_key(3))) > 1e-3
+    assert gap(one, trained(task, weights, inputs, labels, settings, new_key(3))) > 1e-3
 
 
 def test_weights_to_begin_with_are_left_as_they_are() -> None:
     task, weights, inputs, labels = problem(20)
     before = copy.deepcopy(weights)
-    federate(task, weights, inputs, labels, Federation(rounds=2, clients=2), new_key(0))
+    trained(task, weights, inputs, labels, Federation(rounds=2, clients=2), new_key(0))
     assert gap(before, weights) == 0
 
 
@@ -119,7 +116,7 @@ def test_a_defense_keeps_what_it_knows_of_a_client_between_rounds() -> None:
 
     def run(count: int, defense: Defense | None) -> Weights:
         settings = Federation(rounds=count, clients=2)
-        return federate(task, weights, inputs, labels, settings, new_key(0), defense=defense)
+        return trained(task, weights, inputs, labels, settings, new_key(0), defense=defense)
 
     assert gap(Weights(run(1, Counting()).params, {}), Weights(weights.params, {})) == 0
     assert gap(Weights(run(2, Counting()).params, {}), Weights(weights.params, {})) > 1e-3
@@ -129,7 +126,7 @@ def test_a_defense_keeps_what_it_knows_of_a_client_between_rounds() -> None:
 def test_training_that_diverges_says_so() -> None:
     task, weights, inputs, labels = problem(20)
     with pytest.raises(ModelError, match="diverged in round [12] with lr = 1e\\+300; lower it"):
-        federate(task, weights, inputs, labels, Federation(rounds=2, clients=2, lr=1e300, clip=None), new_key(0))
+        trained(task, weights, inputs, labels, Federation(rounds=2, clients=2, lr=1e300, clip=None), new_key(0))
 
 
 def test_accuracy_is_the_share_of_right_guesses_over_all_slices() -> None:

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -214,22 +214,6 @@ def test_one_backend_does_not_go_on_with_what_another_began(tmp_path: Path) -> N
             go_on(plan, tmp_path / name)
         # With nothing left to train there is nothing to mix.
         assert_equal(begin(plan, tmp_path / name), go_on(plan, tmp_path / name))
-
-
-@pytest.fixture
-def dropping() -> Iterator[None]:
-    from keyhole.core.defense import Context, Defense
-    from keyhole.core.types import Tensors
-
-    class Dropping(Defense):
-        """Sends nothing."""
-
-        def on_update(self, update: Tensors, ctx: Context) -> Tensors:
-            return {name: torch.zeros_like(value) for name, value in update.items()}
-
-    DEFENSES.add(name="dropping", paper="test", arxiv="0000.00000")(Dropping)
-    yield
-    DEFENSES._cards.pop("dropping")
 
 
 def test_a_client_that_returns_what_it_got_ends_the_training(dropping: None, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from quickstart_case import EXAMPLE, quickstart
 
-from keyhole import cli
+from command_line import run
 from keyhole.experiment.transcript import read_transcript
 
 pytestmark = pytest.mark.slow
@@ -228,15 +228,11 @@ def test_the_transcript_is_whole_and_says_who_died(deployment: Deployment) -> No
     assert {stat.S_IMODE(path.stat().st_mode) for path in folder.rglob("*.*")} == {0o600}
 
 
-def test_the_transcript_can_be_audited(deployment: Deployment, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_transcript_can_be_audited(deployment: Deployment) -> None:
     out = deployment.folder / "out"
     attack = 'attacks=[{name="inverting_gradients",steps=30,restarts=1}]'
     command = ("--transcript", deployment.folder / "transcript", "--model", "quickstart.model:Net", "--out", out)
-    monkeypatch.setattr("sys.argv", ["keyhole", "audit", *map(str, command), "--set", attack])
-    try:
-        cli.main()
-    except SystemExit as left:
-        assert not left.code
+    assert run("audit", *command, "--set", attack) == 0
     report = json.loads((out / "report.json").read_text())
     assert len(report["updates"]) == report["recorded"] == 3
     assert deployment.dead in report["without_update"][0]

@@ -19,7 +19,7 @@ os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
 from quickstart_case import EXAMPLE, quickstart, run
 from safetensors.torch import load_file, save
 
-from keyhole import cli
+from command_line import run as keyhole
 from keyhole.core import defense as core
 from keyhole.core.registry import DEFENSES
 from keyhole.core.types import Weights
@@ -30,15 +30,6 @@ from keyhole.fl.mods import round_key
 from keyhole.metrics.image import structural_similarity
 
 ONE = {"images": 1, "batch_size": 1, "local_epochs": 1, "rounds": 1}
-
-
-def keyhole(monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> int:
-    monkeypatch.setattr("sys.argv", ["keyhole", *map(str, arguments)])
-    try:
-        cli.main()
-    except SystemExit as left:
-        return int(left.code or 0)
-    return 0
 
 
 def test_ten_clients_learn_digits(tmp_path: Path) -> None:
@@ -68,15 +59,13 @@ def test_the_command_that_is_told_runs_ten_clients(place: Path) -> None:
     assert DEFAULT_SIMULATION_CONFIG.num_supernodes == 2
 
 
-def test_one_step_on_one_image_gives_it_away_to_whoever_has_transcript_and_model(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_step_on_one_image_gives_it_away_to_whoever_has_transcript_and_model(tmp_path: Path) -> None:
     """The plain app, with its two lines of recording: its ReLU and max pooling do not save it."""
     with quickstart(tmp_path, "record", "secrets") as folder:
         run(folder, 2, **ONE)
         attack = 'attacks=[{name="inverting_gradients",steps=800,restarts=2,tv=0.0}]'
         rest = ("--model", "quickstart.model:Net", "--out", folder / "out", "--set", attack, "--set", "most=1")
-        assert keyhole(monkeypatch, "audit", "--transcript", folder / "transcript", *rest) == 0
+        assert keyhole("audit", "--transcript", folder / "transcript", *rest) == 0
         (found,) = load_file(folder / "out" / "reconstructions.safetensors").values()
         (update,) = json.loads((folder / "out" / "report.json").read_text())["updates"]
         secret = read_secret(folder / "secrets", 1, update["client"])
@@ -127,9 +116,7 @@ def test_the_commented_lines_work_as_they_stand(tmp_path: Path) -> None:
         assert (EXAMPLE / "quickstart" / name).read_text().count(f"# {kind}: ") == count
 
 
-def test_wrong_input_is_one_sentence_and_exit_code_2(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_wrong_input_is_one_sentence_and_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with quickstart(tmp_path, "record") as folder:
         run(folder, 2, **ONE)
         known = ("audit", "--transcript", folder / "transcript", "--model")
@@ -147,11 +134,11 @@ def test_wrong_input_is_one_sentence_and_exit_code_2(
             (("audit", "--transcript", folder, "--model", net), "is no transcript"),
         ]
         for arguments, said in cases:
-            assert keyhole(monkeypatch, *arguments) == 2
+            assert keyhole(*arguments) == 2
             error = " ".join(capsys.readouterr().err.split())
             assert said in error and error.startswith("Error: ")
         weights.write_bytes(weights.read_bytes()[:-10])
-        assert keyhole(monkeypatch, *known, net) == 2
+        assert keyhole(*known, net) == 2
         assert "cut short" in capsys.readouterr().err
     assert not (tmp_path / "audits").exists()
 
@@ -187,7 +174,7 @@ def test_a_bad_transcript_is_one_sentence_and_exit_code_2(
                 told = json.loads((bad / place / "round.json").read_text())
                 told["files"][update.name] = len(content)
                 (bad / place / "round.json").write_text(json.dumps(told))
-            assert keyhole(monkeypatch, "audit", "--transcript", bad, "--model", "quickstart.model:Net") == 2
+            assert keyhole("audit", "--transcript", bad, "--model", "quickstart.model:Net") == 2
             printed = capsys.readouterr()
             error = " ".join(printed.err.split())
             assert error.startswith("Error: ") and error.endswith(".") and said in error
@@ -201,14 +188,14 @@ class Bomb:
 
 
 def test_a_mod_on_replies_without_arrays_leaves_a_transcript_that_says_why_there_is_nothing_to_audit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with quickstart(tmp_path, "record", "defend") as folder:
         path = folder / "quickstart" / "client_app.py"
         path.write_text(path.read_text().replace('"arrays": ArrayRecord(model.state_dict()), ', ""))
         run(folder, 2, **ONE)
         command = ("audit", "--transcript", folder / "transcript", "--model", "quickstart.model:Net")
-        assert keyhole(monkeypatch, *command) == 2
+        assert keyhole(*command) == 2
     error = " ".join(capsys.readouterr().err.split())
     assert error.startswith("Error: ") and error.endswith(".")
     assert "holds no update of a complete round: round 1, client 1000: the reply is an error: Keyhole withheld" in error

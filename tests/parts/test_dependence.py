@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.func import grad, vmap
 
 from keyhole.core.keys import fold_in, new_key, normal, permutation, split, uniform
-from keyhole.parts.dependence import RIDGE, cka, coco, gaussian, hsic, imq, linear, nhsic, squared_distances
+from keyhole.parts.dependence import RIDGE, coco, gaussian, linear, nhsic, squared_distances
 
 KEY = new_key(11)
-ALL = [nhsic, hsic, coco, cka]
+ALL = [nhsic, coco]
 Fn = Callable[..., Tensor]
 each = pytest.mark.parametrize("measure", ALL, ids=lambda fn: fn.__name__)
 
@@ -56,20 +56,9 @@ def test_centring_from_one_side_gives_the_same_trace() -> None:
     assert float(nhsic(a, b)) == pytest.approx(float((one_sided(a) @ one_sided(b)).trace()), rel=1e-8)
 
 
-def test_hsic_coco_and_cka_by_hand() -> None:
+def test_coco_by_hand() -> None:
     a, b = rows(7), a_like_b()
-    one, two = by_hand(a), by_hand(b)
-    assert float(hsic(a, b)) == pytest.approx(np.trace(one @ two) / 36, rel=1e-10)
-    assert float(coco(a, b)) == pytest.approx(math.sqrt(np.linalg.norm(one @ two)) / 7, rel=1e-10)
-    cosine = np.sum(one * two) / np.linalg.norm(one) / np.linalg.norm(two)
-    assert float(cka(a, b)) == pytest.approx(cosine, rel=1e-10)
-    assert float(cka(a, a)) == pytest.approx(1.0, rel=1e-12)
-
-
-def test_hsic_of_linear_kernels_is_the_squared_covariance() -> None:
-    a, b = rows(9), rows(9, 3, "b")
-    covariance = np.cov(a.numpy().T, b.numpy().T)[:6, 6:]
-    assert float(hsic(a, b, linear, linear)) == pytest.approx(np.square(covariance).sum(), rel=1e-10)
+    assert float(coco(a, b)) == pytest.approx(math.sqrt(np.linalg.norm(by_hand(a) @ by_hand(b))) / 7, rel=1e-10)
 
 
 def test_two_rows_have_a_closed_form() -> None:
@@ -102,7 +91,7 @@ def test_a_batch_of_one_class_has_labels_that_nothing_depends_on(measure: Fn) ->
 
 
 @each
-@pytest.mark.parametrize("kernel", [gaussian(5.0), gaussian(0.0), linear, imq])
+@pytest.mark.parametrize("kernel", [gaussian(5.0), gaussian(0.0), linear])
 def test_pairs_may_come_in_any_order(measure: Fn, kernel: Fn) -> None:
     a, b, order = rows(7), a_like_b(), permutation(KEY, 7)
     value = float(measure(a, b, kernel, kernel))
@@ -112,7 +101,7 @@ def test_pairs_may_come_in_any_order(measure: Fn, kernel: Fn) -> None:
 
 
 @each
-@pytest.mark.parametrize("kernel", [gaussian(5.0), gaussian(0.0), linear, imq])
+@pytest.mark.parametrize("kernel", [gaussian(5.0), gaussian(0.0), linear])
 @pytest.mark.parametrize("count", [1, 2, 3])
 @pytest.mark.parametrize("same", [False, True])
 def test_gradients_of_gradients_are_finite_also_where_rows_are_the_same(
@@ -172,4 +161,3 @@ def test_distances_keep_their_digits_far_from_the_origin() -> None:
     expected = torch.cdist(x, x).square()
     assert torch.allclose(squared_distances(x + 1e6), expected, rtol=1e-7, atol=1e-7)
     assert torch.equal(squared_distances(x).diagonal(), torch.zeros(5).double())
-    assert torch.allclose(imq(x), (expected + 1) ** -0.5, rtol=1e-10)

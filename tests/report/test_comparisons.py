@@ -13,7 +13,8 @@ from scipy import stats
 from keyhole.core.trial import Outcome, Spec
 from keyhole.report.comparisons import Comparison
 from keyhole.report.details import settings_table, variants_table
-from keyhole.report.render import render_html, render_markdown
+from keyhole.report.markdown import render_markdown
+from keyhole.report.render import render_html
 from keyhole.report.summarize import Report, summarize
 
 

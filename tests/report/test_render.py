@@ -15,8 +15,11 @@ import numpy as np
 import pytest
 
 from keyhole.core.trial import Outcome, Spec, Trial
-from keyhole.report.render import Images, render_html, render_markdown, render_table
+from keyhole.report.markdown import render_markdown
+from keyhole.report.records import Images
+from keyhole.report.render import render_html
 from keyhole.report.summarize import Setting, summarize
+from keyhole.report.tables import leak_table
 
 HOSTILE = "<script>alert('x')</script> | `faces`"
 
@@ -261,7 +264,7 @@ class TestCurves:
 class TestText:
     def test_table(self) -> None:
         setting, found, _ = world(rows=4, seeds=1)
-        head, *rows = render_table(summarize(setting, found))
+        head, *rows = leak_table(summarize(setting, found))
         assert head[:4] == ("defense", "attack", "attacker", "n")
         assert {len(row) for row in (head, *rows)} == {8}
         assert all(isinstance(value, str) for row in rows for value in row)

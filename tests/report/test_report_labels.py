@@ -13,9 +13,10 @@ from scipy import stats
 from keyhole.core.trial import Outcome
 from keyhole.report.grid import grid
 from keyhole.report.intervals import mean
-from keyhole.report.render import render_html, render_markdown, render_table, render_verdict
+from keyhole.report.markdown import render_markdown
+from keyhole.report.render import render_html
 from keyhole.report.summarize import label_chance, summarize
-from keyhole.report.tables import overview_table
+from keyhole.report.tables import leak_table, overview_table, verdict_table
 
 
 def batches(overlaps: list[float], size: int = 4, **more: object) -> list[Outcome]:
@@ -92,9 +93,9 @@ class TestLabelsAlone:
 
     def test_main_tables_have_the_interval(self) -> None:
         report = report_of(audit())
-        head, line, *_ = render_table(report)
+        head, line, *_ = leak_table(report)
         assert (head[-1], line[-1][:6]) == ("labels right (95 %)", "94 % (")
-        head, *lines = render_verdict(report)
+        head, *lines = verdict_table(report)
         assert head == ("defense", "attack", "labels right, naive", "labels right, adaptive, worst")
         assert lines[1][3].startswith("75 % (")
         assert lines[2][3] == "–"
@@ -137,7 +138,7 @@ class TestLabelsBesideImages:
         mask = "random_masking(rate=0.5)"
         levels = [lines[mask, attack]["level"] for attack in ("idlg", "labels_only")]
         assert levels == ["could not be scored", ""]  # a level is about images
-        leaks = {row[:2]: row[2] for row in render_verdict(report)[1:]}
+        leaks = {row[:2]: row[2] for row in verdict_table(report)[1:]}
         assert leaks["none", "labels_only"] == "labels 100 % (21-100)"
         assert leaks["none", "idlg"].startswith("100 %")
 

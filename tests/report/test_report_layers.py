@@ -12,7 +12,8 @@ from report_cases import MASK, outcome, report_of, report_on, setting, shares
 from keyhole.core.trial import Outcome, Spec
 from keyhole.report.details import layers_table
 from keyhole.report.grid import grid
-from keyhole.report.render import render_html, render_markdown
+from keyhole.report.markdown import render_markdown
+from keyhole.report.render import render_html
 from keyhole.report.summarize import Report
 
 

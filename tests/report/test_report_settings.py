@@ -11,9 +11,10 @@ from report_cases import MASK, NOISE, outcome, report_of, report_on, setting, sh
 
 from keyhole.core.trial import Outcome
 from keyhole.errors import StoreError
-from keyhole.report.render import render_html, render_markdown, render_table, render_verdict
+from keyhole.report.markdown import render_markdown
+from keyhole.report.render import render_html
 from keyhole.report.summarize import Report, summarize
-from keyhole.report.tables import overview_table
+from keyhole.report.tables import leak_table, overview_table, verdict_table
 from keyhole.report.write import read_audit, write_report
 
 SHARED = outcome([0.75] + [0.1] * 7, attacker="control:class_mean")
@@ -199,7 +200,7 @@ class TestFolder:
 class TestTables:
     def test_a_column_only_where_there_are_several(self, both: Report) -> None:
         lone = report_of(first())
-        for table in (render_table, render_verdict):
+        for table in (leak_table, verdict_table):
             (head, *rows), (alone, *others) = table(both), table(lone)
             assert head == ("setting", *alone)
             assert [row[1:] for row in rows if row[0] == "lenet"] == others

@@ -11,7 +11,8 @@ from report_cases import MASK, mask, outcome, report_of, report_on, setting, sha
 from keyhole.core.registry import DEFENSES
 from keyhole.core.trial import Outcome, Spec
 from keyhole.report.details import strengths_table
-from keyhole.report.render import render_html, render_markdown
+from keyhole.report.markdown import render_markdown
+from keyhole.report.render import render_html
 from keyhole.report.strengths import Strength
 from keyhole.report.summarize import Report
 

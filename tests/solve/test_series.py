@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_drive import Interrupted
 from torch import Tensor
 
 from keyhole.core.attack import DirectAttack, IterativeAttack, SequentialAttack
@@ -233,17 +234,6 @@ def test_the_limit_is_of_each_update() -> None:
 
 
 # Paused and resumed
-
-
-class Interrupted:
-    """Says stop at every n-th question."""
-
-    def __init__(self, every: int) -> None:
-        self.every, self.asked = every, 0
-
-    def __call__(self) -> bool:
-        self.asked += 1
-        return self.asked % self.every == 0
 
 
 def same(a: list[Solved], b: list[Solved]) -> None:

@@ -8,6 +8,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from test_models import LARGE, NAMES, build, count
 from torch import Tensor, nn
 from torch.func import grad, vmap
 from torch.nn import functional as F
@@ -18,7 +19,6 @@ from keyhole.core.task import Bounds, Task, plain_gradient, weights_of
 from keyhole.core.types import Batch, Tensors, Weights
 from keyhole.errors import ConfigError, ModelError, UnknownName
 from keyhole.experiment.spec import parse_experiment
-from keyhole.zoo.models import build_model
 from keyhole.zoo.resnet import BasicBlock
 
 torch.set_num_threads(1)
@@ -34,9 +34,6 @@ NARROW: dict[str, dict[str, Any]] = {
     "scnn": {"width": 2},
 }
 """Options that make a network small, where it has them."""
-LARGE = {"mcnn": (1, 32, 32), "scnn": (1, 32, 32)}
-"""The smallest images of networks that need larger ones than the tests have."""
-NAMES = [card.name for card in MODELS]
 VARIANTS = [
     *((name, {}) for name in NAMES),
     ("lenet_zhu", {"activation": "relu", "init": "default"}),
@@ -44,16 +41,6 @@ VARIANTS = [
     ("mlp", {"dropout_rate": 0.5}),
 ]
 BLOCKS = {"resnet20": (3, 3, 3), "resnet32": (5, 5, 5), "resnet18": (2, 2, 2, 2)}
-
-
-def build(
-    name: str, shape: tuple[int, ...] = (3, 32, 32), classes: int = 10, seed: int = 0, **options: Any
-) -> nn.Module:
-    return build_model(name, input_shape=shape, num_classes=classes, options=options, seed=seed)
-
-
-def count(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def names(model: nn.Module) -> list[str]:

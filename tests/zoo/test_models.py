@@ -22,8 +22,8 @@ torch.set_num_threads(1)
 
 SMALL: dict[str, dict[str, Any]] = {"resnet18": {"width": 4}, "mlp": {"hidden": 16}, "convnet": {"width": 4}}
 """Options that make a network small, where its own size would take long."""
-SHAPES = {"mcnn": (1, 32, 32), "scnn": (1, 32, 32)}
-"""Of networks that need larger images than the others have here."""
+LARGE = {"mcnn": (1, 32, 32), "scnn": (1, 32, 32)}
+"""The smallest images of networks that need larger ones than the tests have."""
 NAMES = [card.name for card in MODELS]
 
 
@@ -62,13 +62,13 @@ def test_wrong_requests(name: str, shape: tuple[int, ...], options: Any, error: 
 def test_one_seed_gives_one_model_and_leaves_the_global_state_alone(name: str) -> None:
     state, python_state = torch.get_rng_state(), random.getstate()
     numpy_state = np.random.get_state()[1].copy()  # type: ignore[union-attr,index]
-    first = build(name, SHAPES.get(name, (1, 12, 12)), seed=1, **SMALL.get(name, {})).state_dict()
+    first = build(name, LARGE.get(name, (1, 12, 12)), seed=1, **SMALL.get(name, {})).state_dict()
     assert torch.equal(state, torch.get_rng_state())
     assert python_state == random.getstate()
     assert np.array_equal(numpy_state, np.random.get_state()[1])  # type: ignore[index]
     torch.rand(3)
-    again = build(name, SHAPES.get(name, (1, 12, 12)), seed=1, **SMALL.get(name, {})).state_dict()
-    other = build(name, SHAPES.get(name, (1, 12, 12)), seed=2, **SMALL.get(name, {})).state_dict()
+    again = build(name, LARGE.get(name, (1, 12, 12)), seed=1, **SMALL.get(name, {})).state_dict()
+    other = build(name, LARGE.get(name, (1, 12, 12)), seed=2, **SMALL.get(name, {})).state_dict()
     assert all(torch.equal(first[key], again[key]) for key in first)
     assert not torch.equal(first["head.weight"], other["head.weight"])
 
@@ -207,8 +207,8 @@ def saved(path: Path, model: nn.Module, **changes: Tensor | None) -> Path:
 @pytest.mark.parametrize("name", NAMES)
 def test_weights_round_trip(tmp_path: Path, name: str) -> None:
     trained, fresh = (
-        build(name, SHAPES.get(name, (1, 12, 12)), seed=1, **SMALL.get(name, {})),
-        build(name, SHAPES.get(name, (1, 12, 12)), seed=2, **SMALL.get(name, {})),
+        build(name, LARGE.get(name, (1, 12, 12)), seed=1, **SMALL.get(name, {})),
+        build(name, LARGE.get(name, (1, 12, 12)), seed=2, **SMALL.get(name, {})),
     )
     path = saved(tmp_path / "w.safetensors", trained)
     load_state(fresh, path)

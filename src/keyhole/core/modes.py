@@ -7,6 +7,7 @@ works under `torch.func`, and neither could be repeated by an attacker who simul
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -95,6 +96,20 @@ def by_mask(layer: nn.Module) -> DropoutByMask:
     return DropoutByMask()
 
 
+def run_on_zeros(model: nn.Module, input_shape: tuple[int, ...]) -> Any:
+    """What the model gives for two inputs of zeros: BatchNorm in train mode has no statistics of a single vector.
+
+    Raises:
+        ModelError: the model does not run.
+    """
+    like = next(model.parameters(), torch.zeros(()))
+    try:
+        with torch.no_grad():
+            return model(torch.zeros(2, *input_shape, dtype=like.dtype, device=like.device))
+    except Exception as error:
+        raise ModelError(f"the model does not accept inputs of shape {tuple(input_shape)}: {error}") from error
+
+
 def one_mask_shape(model: nn.Module, name: str, input_shape: tuple[int, ...]) -> tuple[int, ...]:
     """Shape of one example's mask for a dropout layer, by running the model once on zeros.
 
@@ -104,13 +119,8 @@ def one_mask_shape(model: nn.Module, name: str, input_shape: tuple[int, ...]) ->
     layer = model.get_submodule(name)
     shapes: list[tuple[int, ...]] = []
     handle = layer.register_forward_hook(lambda m, args, output: shapes.append(tuple(args[0].shape)))
-    first = next(model.parameters(), None)
     try:
-        with torch.no_grad():
-            like = torch.zeros(()) if first is None else first
-            model(torch.zeros(2, *input_shape, dtype=like.dtype, device=like.device))
-    except Exception as error:
-        raise ModelError(f"the model does not accept inputs of shape {tuple(input_shape)}: {error}") from error
+        run_on_zeros(model, input_shape)
     finally:
         handle.remove()
     if len(shapes) != 1:

@@ -20,12 +20,10 @@ from keyhole.core.modes import (
     norm_layers,
     one_mask_shape,
     replace_layers,
+    run_on_zeros,
 )
 from keyhole.core.types import Batch, GradFn, Key, LossFn, Tensors, Trace, Weights
 from keyhole.errors import ConfigError, ModelError
-
-Edit = Callable[[str, Tensor], Tensor]
-"""Rewrites the output of a named module during a trace."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,7 +150,10 @@ class Task:
             replace_layers(private, norms, by_batch_statistics)
         for name in norms:
             if batchnorm == "eval" and getattr(private.get_submodule(name), "running_mean", None) is None:
-                raise ModelError(f"BatchNorm layer '{name}' keeps no running statistics: it cannot run in eval mode.")
+                raise ModelError(
+                    f"BatchNorm layer '{name}' keeps no running statistics, which eval mode needs; "
+                    'set model.batchnorm = "train_shared" or "train_hidden".'
+                )
         rates = {name: float(private.get_submodule(name).p) for name in drops} if dropout == "active" else {}  # type: ignore[arg-type]
         shapes = {name: one_mask_shape(private, name, input_shape) for name in rates}
         replace_layers(private, tuple(rates), by_mask)
@@ -188,31 +189,27 @@ class Task:
             for name, rate, shape in self.drops
         }
 
-    def trace(self, weights: Weights, inputs: Tensor, edit: Edit | None = None, masks: Tensors | None = None) -> Trace:
+    def trace(self, weights: Weights, inputs: Tensor, masks: Tensors | None = None) -> Trace:
         """Run the model on inputs (b, *shape) and keep what happens inside.
 
         Args:
             weights: parameters and buffers to run with.
             inputs: a batch in the model's input space.
-            edit: may replace the output of any named module without children, as it happens.
             masks: a draw of `masks`; without it active dropout keeps everything, and noise is 0.
         """
         activations: Tensors = {}
         statistics: Tensors = {}
         features: list[Tensor] = []
 
-        def watch(name: str) -> Callable[..., Tensor | None]:
-            def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        def watch(name: str) -> Callable[..., None]:
+            def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
                 if name == self.head:
                     features.append(args[0])
                 if name in self.norms:
                     over = [0, *range(2, args[0].dim())]
                     statistics[f"{name}.mean"] = args[0].mean(over)
                     statistics[f"{name}.var"] = args[0].var(over, correction=0)
-                if edit is not None:
-                    output = edit(name, output)
                 activations[name] = output
-                return output if edit is not None else None
 
             return hook
 
@@ -302,14 +299,8 @@ def _find_head(model: nn.Module, input_shape: tuple[int, ...], num_classes: int)
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
     ]
-    first = next(model.parameters(), None)
-    dtype = torch.float32 if first is None else first.dtype
     try:
-        with torch.no_grad():
-            # Two, as BatchNorm in train mode has no statistics of a single vector.
-            logits = model(torch.zeros(2, *input_shape, dtype=dtype))
-    except Exception as error:
-        raise ModelError(f"the model does not accept inputs of shape {tuple(input_shape)}: {error}") from error
+        logits = run_on_zeros(model, input_shape)
     finally:
         for handle in handles:
             handle.remove()

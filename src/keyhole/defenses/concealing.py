@@ -17,7 +17,7 @@ from keyhole.core.task import Task
 from keyhole.core.tensors import dot, map_tensors, safe_norm, squared_norm
 from keyhole.core.types import Batch, Field, GradFn, Key, Observation, Tensors, Weights
 from keyhole.errors import Refused, check_range
-from keyhole.solve.inner import minimise_counted
+from keyhole.solve.inner import minimise
 from keyhole.solve.optimizers import adam
 
 LEAST = 0.5
@@ -308,7 +308,7 @@ class Concealing(Defense):
         def clamp(flat: Tensor) -> Tensor:
             return task.bounds.clamp(flat.reshape(start.shape)).flatten()
 
-        return minimise_counted(
+        return minimise(
             objective,
             start,
             adam(self.lr, Decay(self.steps)),

@@ -106,7 +106,8 @@ class Obscuring(Defense):
             return task.bounds.clamp(flat.reshape(originals.shape)).flatten()
 
         optimizer = adam(self.lr, StepDecay(self.steps))
-        return minimise(objective, self._begin(batch, ctx), optimizer, self.steps, project=project).detach()
+        found, _ = minimise(objective, self._begin(batch, ctx), optimizer, self.steps, project=project)
+        return found.detach()
 
     def _begin(self, batch: Batch, ctx: Context) -> Tensor:
         key, like = fold_in(ctx.key, "obscuring"), batch.inputs

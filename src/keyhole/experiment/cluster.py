@@ -31,11 +31,11 @@ import keyhole
 from keyhole.errors import ConfigError, KeyholeError, cause
 from keyhole.experiment.audit import versions
 from keyhole.experiment.plan import Group
-from keyhole.experiment.run import GroupResult, run_group
+from keyhole.experiment.run import GroupResult
 from keyhole.experiment.setup import Setup
 from keyhole.experiment.spec import Study
-from keyhole.experiment.work import Loaded, Report, Workers, checkpoint_of, passed
-from keyhole.solve.drive import Paused, Watch
+from keyhole.experiment.work import Loaded, Report, Workers, run_until
+from keyhole.solve.drive import Paused
 from keyhole.solve.files import write_whole
 from keyhole.solve.threads import one_thread
 
@@ -253,11 +253,8 @@ class _Trials:
             folder = Path(name)
             for own, data in files.items():
                 (folder / own).write_bytes(data)
-            watch = Watch(checkpoint=checkpoint_of(folder, group), paused=lambda: passed(self.deadline))
             try:
-                if passed(self.deadline):
-                    raise Paused
-                return run_group(group, self.loaded.setup(group.setting), watch)
+                return run_until(self.deadline, group, self.loaded.setup, folder)
             except Paused:
                 return _read(folder.iterdir())
 

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from operator import attrgetter
 
 import torch
 
@@ -23,8 +24,10 @@ from keyhole.experiment.training import federation_of
 from keyhole.experiment.work import available_cores
 from keyhole.solve.memory import keep_freed_memory
 
+Later = Callable[[StateSection], bool]
 
-def dry_run(study: Study, *, jobs: int = 0, device: str = "cpu") -> Prospect:
+
+def dry_run(study: Study, *, jobs: int = 0, device: str = "cpu", later: Later = attrgetter("trained")) -> Prospect:
     """Plan a study, time its attacks and predict what they reach, on public images only.
 
     Networks that would be trained first are looked at untrained.
@@ -33,6 +36,7 @@ def dry_run(study: Study, *, jobs: int = 0, device: str = "cpu") -> Prospect:
         study: what would be run.
         jobs: worker processes that it would have; 0 for one a core.
         device: ``cpu`` or ``cuda``.
+        later: says of a state whether its networks are not there yet.
     """
     began, where = time.perf_counter(), find_device(device)
     workers = (jobs or available_cores()) if where.type == "cpu" else 1
@@ -42,7 +46,7 @@ def dry_run(study: Study, *, jobs: int = 0, device: str = "cpu") -> Prospect:
         torch.set_num_threads(1)
         keep_freed_memory()
     try:
-        both = _prepared(study, where)
+        both = _prepared(study, where, later)
         program = _resident()
         pacer = Pacer()
         tuning, attacking = _groups(both, plan_tuning), _groups(both, _plan)
@@ -60,21 +64,21 @@ def dry_run(study: Study, *, jobs: int = 0, device: str = "cpu") -> Prospect:
     return Prospect(study.title, settings, whole, processes * program + whole.memory, time.perf_counter() - began)
 
 
-def _prepared(study: Study, device: torch.device) -> list[tuple[Experiment, Setup]]:
+def _prepared(study: Study, device: torch.device, later: Later) -> list[tuple[Experiment, Setup]]:
     """Setups without training; settings that differ in nothing that is loaded share one."""
     known: dict[str, Setup] = {}
     both = []
     for experiment in study.experiments:
         state = experiment.state
-        plain = experiment.model_copy(update={"state": StateSection()}) if state.trained else experiment
+        plain = experiment.model_copy(update={"state": StateSection()}) if later(state) else experiment
         fresh = (plain.client.series, plain.client.fresh_weights)
         name = repr((plain.data, plain.model, plain.state, plain.run.seeds, plain.run.dtype, fresh))
         if name not in known:
             known[name] = prepare(plain, device)
         setup = known[name]
-        if state.trained:
-            # Another name, as these trials are not those of the untrained networks.
-            setup = replace(setup, states={seed: f"{state.train}#not trained" for seed in setup.states})
+        if later(state):
+            # Another name, as these trials are not those of the untrained networks, or of those trained otherwise.
+            setup = replace(setup, states={seed: f"{state.train}#not trained: {state!r}" for seed in setup.states})
         both.append((experiment, setup))
     return both
 
@@ -119,7 +123,7 @@ def _outlook(
         core_seconds=price([(group, setup) for group in (*tuning, *attacking)], pacer, 1).core_seconds,
         problems=tuple(problems),
         training=_training(experiment),
-        feasibility=predict(experiment, setup, _runnable(experiment, attacking, setup, pacer)),
+        feasibility=predict(experiment, setup, _runnable(attacking, setup, pacer)),
     )
 
 
@@ -149,7 +153,7 @@ def _problems(groups: list[Group], setup: Setup, pacer: Pacer) -> Iterator[str]:
                 yield f"{trial.attack.name}, {trial.attacker}, {_chain(trial.defense)}: {pace.problem}"
 
 
-def _runnable(experiment: Experiment, groups: list[Group], setup: Setup, pacer: Pacer) -> list[Attack]:
+def _runnable(groups: list[Group], setup: Setup, pacer: Pacer) -> list[Attack]:
     """Attacks that ran undefended when they were timed."""
     naive = [g for g in groups if g.trials[0].attacker == "naive" and not g.trials[0].defense]
     ran = [g.trials[0].attack for g in naive if not pacer.pace(g.trials[0], setup, len(g.trials)).problem]

@@ -46,16 +46,25 @@ def study_of(plan: TrainingPlan, done: Sequence[Trained], folder: Path, name: Na
 
     Bare ones belong to every setting: they tell what the network gives away from what the defense hides.
     """
+    seen = {run.defense: max(r.seen for r in done if r.defense == run.defense) for run in done}
+
+    def state(index: int, number: int) -> StateSection:
+        file = folder_of(plan, folder, index, "{seed}") / f"round-{number:03d}.safetensors"
+        return StateSection(train=str(file), seen=seen[plan.defenses[index]] * number)
+
+    return study_at(plan, state, name)
+
+
+def study_at(plan: TrainingPlan, state: Callable[[int, int], StateSection], name: Namer) -> Study:
+    """The same with the networks that ``state`` gives for a defense's index and a round."""
     if plan.audit is None:
         raise ConfigError("a frontier needs an [audit] section with one [[audit.attacks]].")
-    seen = {run.defense: max(r.seen for r in done if r.defense == run.defense) for run in done}
     experiments = []
     for place in places(plan, name):
         changes: dict[str, object] = {"setting": place.setting}
         if place.defense is not None:
             specs = plan.defenses[place.defense]
-            file = folder_of(plan, folder, place.defense, "{seed}") / f"round-{place.round:03d}.safetensors"
-            changes["state"] = StateSection(train=str(file), seen=seen[specs] * place.round)
+            changes["state"] = state(place.defense, place.round)
             changes["defenses"] = ((), specs) if specs else ((),)
         experiments.append(plan.audit.model_copy(update=changes))
     return Study(title=plan.title, experiments=tuple(experiments))

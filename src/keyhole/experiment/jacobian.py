@@ -61,9 +61,7 @@ def singular_values(fn: Callable[[Tensor], Tensor], x: Tensor, steps: int = STEP
     return values.clamp(min=0.0).sqrt(), vectors[0].square()
 
 
-def pinned_share(
-    fn: Callable[[Tensor], Tensor], x: Tensor, precision: float, error: float, steps: int = STEPS
-) -> float:
+def pinned_share(fn: Callable[[Tensor], Tensor], x: Tensor, precision: float, error: float) -> float:
     """Share of the directions around ``x`` in which ``fn(x)`` leaves less freedom than ``error``.
 
     Whoever reproduces ``fn(x)`` up to ``precision * |fn(x)|`` has an error of at most ``precision |fn(x)| / s`` along a
@@ -75,11 +73,10 @@ def pinned_share(
         x: the point.
         precision: relative Euclidean distance that is left, above 0.
         error: error allowed in each entry of x, above 0.
-        steps: see `singular_values`.
 
     Returns:
         A share in [0, 1]. It says nothing beyond a neighbourhood of x: other inputs, far away, may give the same value.
     """
-    values, shares = singular_values(fn, x, steps)
+    values, shares = singular_values(fn, x)
     least = precision * float(fn(x).norm()) / (math.sqrt(x.numel()) * error)
     return float(shares[values >= least].sum().clamp(0.0, 1.0))

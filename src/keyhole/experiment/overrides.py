@@ -16,15 +16,20 @@ def override(raw: dict[str, Any], change: str) -> None:
     path, equals, text = change.partition("=")
     if not equals or not path.strip():
         raise ConfigError(f"--set '{change}' must be written as key=value, such as run.samples=4.")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text.strip()
+    value = read_value(text)
     _apply(raw, path.strip(), value, change)
     settings = raw.get("settings", [])
     for setting in settings if isinstance(settings, list) else []:
         if _has(setting, path.strip().split(".")):
             _apply(setting, path.strip(), value, change)
+
+
+def read_value(text: str) -> Any:
+    """TOML, or else a plain string."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text.strip()
 
 
 def _has(here: Any, path: list[str]) -> bool:

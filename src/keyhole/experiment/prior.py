@@ -17,10 +17,10 @@ CONFIDENCE = 0.95
 WINDOW = 7
 
 
-def best_guess(pixels: Tensor, labels: Tensor, threshold: float = LEAK_SSIM) -> float:
+def best_guess(pixels: Tensor, labels: Tensor) -> float:
     """An upper confidence limit on the share of images that the best single guess comes near.
 
-    ``max over guesses g of P(SSIM(g, x) >= threshold)``. Tried are each image, the mean of all, the means of classes,
+    ``max over guesses g of P(SSIM(g, x) >= 0.7)``. Tried are each image, the mean of all, the means of classes,
     and the means of each image with its 3 and its 15 nearest. The share of a guess is that among the images which it
     was not made of (the mean of all is judged on all), and the limit is the one-sided 95 % one of Clopper and Pearson
     for the best share, which is at least one over the number of images.
@@ -31,7 +31,6 @@ def best_guess(pixels: Tensor, labels: Tensor, threshold: float = LEAK_SSIM) -> 
     Args:
         pixels: (n, c, h, w) in [0, 1], of the kind that is attacked; n at least 2.
         labels: their classes, int64 (n,).
-        threshold: SSIM from which on a guess counts as right.
     """
     c, h, w = pixels.shape[1:]
     positions = c * (h - WINDOW + 1) * (w - WINDOW + 1)
@@ -44,7 +43,7 @@ def best_guess(pixels: Tensor, labels: Tensor, threshold: float = LEAK_SSIM) -> 
     members = torch.cat(made_of)
     members = members[members.sum(1) < count]
     guesses = torch.tensordot(members / members.sum(1, keepdim=True), images, dims=1)
-    near = pairwise_ssim(torch.cat([guesses, images.mean(0)[None]]), images) >= threshold
+    near = pairwise_ssim(torch.cat([guesses, images.mean(0)[None]]), images) >= LEAK_SSIM
     judged = torch.cat([members == 0, torch.ones(1, count, dtype=torch.bool)])
     hits, others = (near & judged).sum(1), judged.sum(1)
     share = hits / others

@@ -65,8 +65,8 @@ def in_words(prospect: Prospect) -> str:
         lines += [*_plan(outlook), *_prediction(outlook), ""]
     cost, jobs = prospect.cost, prospect.cost.jobs
     lines += [
-        f"Cost, at most: {_time(cost.wall_seconds)} with {jobs} job{'s' * (jobs != 1)} on this machine "
-        f"({_time(cost.core_seconds)} of core time), about {prospect.memory / 1e9:.1f} GB of memory.",
+        f"Cost, at most: {in_hours(cost.wall_seconds)} with {jobs} job{'s' * (jobs != 1)} on this machine "
+        f"({in_hours(cost.core_seconds)} of core time), about {prospect.memory / 1e9:.1f} GB of memory.",
         "An upper bound, from a few timed steps on public images with half as much again in reserve: it counts every "
         "step that every attack may take, and many end before.",
         NOTICE,
@@ -79,7 +79,7 @@ def _plan(outlook: Outlook) -> Iterator[str]:
     yield (
         f"  {outlook.trials - outlook.tuning} trials"
         + (f" and {outlook.tuning} to tune" * (outlook.tuning > 0))
-        + f", in {outlook.groups} groups; at most {_time(outlook.core_seconds)} of core time"
+        + f", in {outlook.groups} groups; at most {in_hours(outlook.core_seconds)} of core time"
     )
     attacks = dict.fromkeys(attack for _, attack, attacker in outlook.cells if attacker == "naive")
     yield f"  Attacks: {'; '.join(attacks)}"
@@ -117,7 +117,8 @@ def _wrapped(line: str) -> str:
     return textwrap.fill(line, WIDTH, initial_indent="", subsequent_indent=indent and indent + "  ")
 
 
-def _time(seconds: float) -> str:
+def in_hours(seconds: float) -> str:
+    """A duration in the unit that suits it."""
     if seconds < 90:
         return f"{seconds:.0f} seconds"
     return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"

@@ -120,32 +120,8 @@ def _answers(group: Group, setup: Setup, watch: Watch) -> list[Answer]:
         return [_class_mean(trial, setup) for trial in group.trials]
     defense = build_defense(first.defense)
     task = defense.on_task(setup.task)
-    attack: Attack = ATTACKS.build(first.attack.name, **first.attack.asdict())
+    attack, threat = _attack(first, task, defense)
     is_check = first.attacker == "check:truth"
-    sees = frozenset(first.sees)
-    rule: ClientRule = RULES.build(first.rule.name, **first.rule.asdict())
-    steps = rule.steps(first.batch_size)
-    knows = first.attacker
-    if is_check or first.attacker.startswith("control:"):
-        knows = base_attacker(defense, sees | {"targets"} if is_check else sees, steps)
-    counter = find_counter(defense, knows).told(first.batch_size)
-    if is_check:
-        attack = attack.at_truth() if isinstance(attack, IterativeAttack) else attack
-        sees |= (attack.needs & {"targets"}) | ({"masks"} if task.draws else set())
-    missing = (attack.needs | counter.needs) - sees
-    if missing:
-        names = ", ".join(sorted(missing))
-        raise Refused(f"'{first.attack.name}' ({first.attacker}) needs {names}, which this attacker does not see.")
-    if counter.one_step and steps > 1:
-        raise Refused(f"'{knows}' can only explain an update of one gradient; here it is made of {steps}.")
-    threat = ThreatModel(
-        rule=rule,
-        belief=BELIEFS.build(first.belief.name, rule=rule, **first.belief.asdict()),
-        batch_size=first.batch_size,
-        sees=sees,  # type: ignore[arg-type]
-        counter=counter,
-        repeated=first.rounds > 1,
-    )
     weights = tuple(fit_weights(task, own) for own in setup.networks(first))
     shared = Shared(weights)
     own_keys = [fold_in(new_key(t.seed), f"{t.pool} {t.episode}") for t in group.trials]
@@ -163,13 +139,13 @@ def _answers(group: Group, setup: Setup, watch: Watch) -> list[Answer]:
         threat,
         lambda: _see(task, threat, defense, weights, secret, client, shared, public_images(setup)),
     )
-    bound = _bound(defense, first, rule, setup)
+    bound = _bound(defense, first, threat.rule, setup)
     facts = [{**fact, **bound} for fact in _facts(observations, len(group.trials))]
     if first.attacker == "control:prior_only":
         observations = tuple(_without_signal(o, attacker, shared) for o in observations)
     watch = replace(watch, limit=first.limit)
     if not attack.pictures:
-        threat = replace(threat, counter=without_then(counter))
+        threat = replace(threat, counter=without_then(threat.counter))
     then = None if threat.counter.then is None else _start_images(threat.counter.then, group.trials, setup, attacker)
     solved = solve(attack, task, threat, observations, images, attacker, shared, watch, then)
     return [
@@ -190,6 +166,41 @@ def _answers(group: Group, setup: Setup, watch: Watch) -> list[Answer]:
         )
         for one, fact, note in zip(solved, facts, _as_planned(notes, group.trials, setup), strict=True)
     ]
+
+
+def _attack(trial: Trial, task: Task, defense: Defense) -> tuple[Attack, ThreatModel]:
+    """The attack, for the self-test begun at the truth, and what its attacker sees and knows.
+
+    Raises:
+        Refused: it needs more than that.
+    """
+    attack: Attack = ATTACKS.build(trial.attack.name, **trial.attack.asdict())
+    is_check = trial.attacker == "check:truth"
+    sees = frozenset(trial.sees)
+    rule: ClientRule = RULES.build(trial.rule.name, **trial.rule.asdict())
+    steps = rule.steps(trial.batch_size)
+    knows = trial.attacker
+    if is_check or trial.attacker.startswith("control:"):
+        knows = base_attacker(defense, sees | {"targets"} if is_check else sees, steps)
+    counter = find_counter(defense, knows).told(trial.batch_size)
+    if is_check:
+        attack = attack.at_truth() if isinstance(attack, IterativeAttack) else attack
+        sees |= (attack.needs & {"targets"}) | ({"masks"} if task.draws else set())
+    missing = (attack.needs | counter.needs) - sees
+    if missing:
+        names = ", ".join(sorted(missing))
+        raise Refused(f"'{trial.attack.name}' ({trial.attacker}) needs {names}, which this attacker does not see.")
+    if counter.one_step and steps > 1:
+        raise Refused(f"'{knows}' can only explain an update of one gradient; here it is made of {steps}.")
+    threat = ThreatModel(
+        rule=rule,
+        belief=BELIEFS.build(trial.belief.name, rule=rule, **trial.belief.asdict()),
+        batch_size=trial.batch_size,
+        sees=sees,  # type: ignore[arg-type]
+        counter=counter,
+        repeated=trial.rounds > 1,
+    )
+    return attack, threat
 
 
 def _client(trials: tuple[Trial, ...], setup: Setup, threat: ThreatModel, see: Callable[[], Any]) -> Any:

@@ -127,14 +127,8 @@ def prepare(experiment: Experiment, device: torch.device, told: Told = silent) -
             f"images of '{section.name}' are {data.image_shape[1]}x{data.image_shape[2]} pixels; similarity needs "
             f"windows of {SMALLEST}x{SMALLEST}, so set data.size to {SMALLEST} or more."
         )
-    channels = data.image_shape[0]
-    normalize = experiment.model.normalize
-    if normalize is None:
-        name = experiment.model.name
-        normalize = bool(MODELS.card(name).facts.get("normalize", False)) if name is not None else False
-    mean, std = (data.mean, data.std) if normalize else ((0.0,) * channels, (1.0,) * channels)
-    shape = data.image_shape
-    modes, bounds = experiment.model, Bounds.of(mean, std, dtype)
+    mean, std = _mean_and_std(experiment, data)
+    modes, shape, bounds = experiment.model, data.image_shape, Bounds.of(mean, std, dtype)
     models = {seed: [_model(experiment, data, number) for number in _networks(experiment, seed)] for seed in seeds}
 
     def task_of(model: nn.Module) -> Task:
@@ -149,6 +143,27 @@ def prepare(experiment: Experiment, device: torch.device, told: Told = silent) -
     if experiment.state.trained:
         weights, facts = train_states(experiment, data, task, models, told)
     states = {seed: f"{_state_name(experiment)}#{_digest(own)}" for seed, own in weights.items()}
+    _check_apart(experiment, states)
+    how = _normalisation(experiment, task, mean, std, dtype)
+    source = f"{section.name}#{data.digest}"
+    there = {
+        seed: tuple(Weights(*({n: t.to(device) for n, t in part.items()} for part in one)) for one in own)
+        for seed, own in weights.items()
+    }
+    return Setup(data, task.to(device), there, source, states, facts, how, dtype, device, experiment.state.seen or 0)
+
+
+def _mean_and_std(experiment: Experiment, data: Data) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """What the model's inputs are normalised by, as the experiment says or else the model's card."""
+    normalize, name = experiment.model.normalize, experiment.model.name
+    if normalize is None:
+        normalize = bool(MODELS.card(name).facts.get("normalize", False)) if name is not None else False
+    channels = data.image_shape[0]
+    return (data.mean, data.std) if normalize else ((0.0,) * channels, (1.0,) * channels)
+
+
+def _check_apart(experiment: Experiment, states: dict[int, str]) -> None:
+    """Raises `ConfigError` where two seeds give one network."""
     for (one, a), (two, b) in itertools.combinations(states.items(), 2):
         if a == b:
             raise ConfigError(
@@ -159,9 +174,17 @@ def prepare(experiment: Experiment, device: torch.device, told: Told = silent) -
                     else ", or a model whose weights depend on torch's random state."
                 )
             )
-    # The same pixels under another normalisation, mode or forward pass are another problem, and so they are under other
-    # versions of what is not named in the trial: all this enters the trial's name.
-    probe = uniform(new_key(0), (2, *shape), dtype)
+
+
+def _normalisation(
+    experiment: Experiment, task: Task, mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype
+) -> str:
+    """A digest for the trial's name.
+
+    The same pixels under another normalisation, mode or forward pass are another problem, and so they are under other
+    versions of what is not named in the trial.
+    """
+    probe = uniform(new_key(0), (2, *task.input_shape), dtype)
     logits = task.logits(weights_of(task.model, dtype), task.bounds.from_pixels(probe))
     rules = sorted({str(entry.spec.asdict().get("labels")) for entry in experiment.attacks} & {c.name for c in LABELS})
     how = repr(
@@ -175,15 +198,7 @@ def prepare(experiment: Experiment, device: torch.device, told: Told = silent) -
             ENGINE_VERSION,
         )
     )
-    normalisation = hashlib.sha256(how.encode()).hexdigest()[:8]
-    source = f"{section.name}#{data.digest}"
-    there = {
-        seed: tuple(Weights(*({n: t.to(device) for n, t in part.items()} for part in one)) for one in own)
-        for seed, own in weights.items()
-    }
-    return Setup(
-        data, task.to(device), there, source, states, facts, normalisation, dtype, device, experiment.state.seen or 0
-    )
+    return hashlib.sha256(how.encode()).hexdigest()[:8]
 
 
 def _networks(experiment: Experiment, seed: int) -> list[int]:

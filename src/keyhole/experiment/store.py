@@ -19,7 +19,7 @@ from torch import Tensor
 from keyhole.core.trial import Outcome
 from keyhole.errors import StoreError
 from keyhole.experiment.spec import Study
-from keyhole.solve.files import make_folder
+from keyhole.solve.files import make_folder, tensors_as_bytes, write_whole
 
 SECRETS = "secrets"
 
@@ -90,7 +90,7 @@ class Store:
         elif self.lines.exists():
             raise StoreError(f"'{self.folder}' holds outcomes but no config.toml; choose another --out.")
         else:
-            self._write(self.config, wanted.encode())
+            write_whole(self.config, wanted.encode())
 
     def tidy(self) -> None:
         """Remove what an unfinished run leaves: checkpoints and partial files may show what was recovered."""
@@ -133,9 +133,7 @@ class Store:
 
     def keep_images(self, name: str, images: dict[str, Tensor]) -> None:
         """Write a safetensors file of images under the reconstructions folder, atomically."""
-        from safetensors.torch import save
-
-        self._write(self.reconstructions / f"{name}.safetensors", save(images))
+        write_whole(self.reconstructions / f"{name}.safetensors", tensors_as_bytes(images))
 
     def images(self) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray] | None]:
         """Stored reconstructions by trial hash, and the secrets by ``source/row`` where they were kept."""
@@ -158,15 +156,5 @@ class Store:
     def write_text(self, name: str, text: str) -> Path:
         """Write a file of the report, atomically, and return its path."""
         path = self.folder / name
-        self._write(path, text.encode())
+        write_whole(path, text.encode())
         return path
-
-    @staticmethod
-    def _write(path: Path, data: bytes) -> None:
-        partial = path.with_name(path.name + ".partial")
-        handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)

@@ -72,18 +72,32 @@ def run_groups(
     if jobs == 1 or device.type != "cpu" or len(groups) == 1:
         with one_thread(device):
             for group in groups:
-                watch = Watch(
-                    checkpoint=checkpoint_of(checkpoints, group),
-                    progress=partial(report, group),
-                    paused=lambda: passed(deadline),
-                )
-                if passed(deadline):
-                    raise Paused
-                yield group, run_group(group, setups[group.setting], watch)
+                told = partial(report, group)
+                yield group, run_until(deadline, group, setups.__getitem__, checkpoints, told)
         return
     yield from _in_processes(
         study, [setup.fingerprint for setup in setups], groups, checkpoints, jobs, deadline, report
     )
+
+
+def run_until(
+    deadline: float | None,
+    group: Group,
+    setup_of: Callable[[int], Setup],
+    checkpoints: Path,
+    progress: Callable[[float], None] = lambda fraction: None,
+) -> GroupResult:
+    """Run a group, or go on with it; `Paused` at the deadline leaves its state in the folder of checkpoints."""
+    if passed(deadline):
+        raise Paused
+    checkpoint = checkpoints / f"{group.hash}.safetensors"
+    watch = Watch(checkpoint=checkpoint, progress=progress, paused=lambda: passed(deadline))
+    return run_group(group, setup_of(group.setting), watch)
+
+
+def passed(deadline: float | None) -> bool:
+    """Whether it is time to stop."""
+    return deadline is not None and time.time() >= deadline
 
 
 Runner = Callable[
@@ -136,7 +150,7 @@ def _in_processes(
     report: Report,
 ) -> Iterator[tuple[Group, GroupResult]]:
     by_hash = {group.hash: group for group in groups}
-    work = _Trials(study, fingerprints, checkpoints, deadline)
+    work = _Trials(Loaded(study, fingerprints), checkpoints, deadline)
     paused = False
     for name, result in in_processes(work, by_hash, jobs, lambda name, fraction: report(by_hash[name], fraction)):
         if result is None:
@@ -147,21 +161,17 @@ def _in_processes(
         raise Paused
 
 
+@dataclass(frozen=True)
 class _Trials:
     """Called with a group in a worker: its result, or `None` when it was time to stop."""
 
-    def __init__(self, study: Study, fingerprints: list[str], checkpoints: Path, deadline: float | None) -> None:
-        # Loading waits for the first group, whose future can carry an error to the parent.
-        self.loaded = Loaded(study, fingerprints)
-        self.checkpoints, self.deadline = checkpoints, deadline
+    loaded: Loaded
+    checkpoints: Path
+    deadline: float | None
 
     def __call__(self, group: Group, progress: Callable[[float], None]) -> GroupResult | None:
-        file = checkpoint_of(self.checkpoints, group)
-        watch = Watch(checkpoint=file, progress=progress, paused=lambda: passed(self.deadline))
         try:
-            if passed(self.deadline):
-                raise Paused
-            return run_group(group, self.loaded.setup(group.setting), watch)
+            return run_until(self.deadline, group, self.loaded.setup, self.checkpoints, progress)
         except Paused:
             return None
 
@@ -252,13 +262,3 @@ def _call(name: str, item: Any) -> Any:
             _worker["news"].put((name, fraction))
 
     return _worker["work"](item, progress)
-
-
-def checkpoint_of(folder: Path, group: Group) -> Path:
-    """Where the state of an unfinished group is kept."""
-    return folder / f"{group.hash}.safetensors"
-
-
-def passed(deadline: float | None) -> bool:
-    """Whether it is time to stop."""
-    return deadline is not None and time.time() >= deadline

@@ -59,7 +59,7 @@ def trained_state(
     together: int | None = None,
     folder: Path | None = None,
 ) -> tuple[Weights, Facts]:
-    """`keyhole.federation.states.federate`, but what was trained before is read from the cache.
+    """What `keyhole.federation.states.rounds` end with, but what was trained before is read from the cache.
 
     A file is named by a digest of the initial weights, what the model makes of them, its modes, the images and labels,
     the federation, the key and `TRAINING_VERSION`. It is written after each round, so that an interrupted training
@@ -70,7 +70,7 @@ def trained_state(
     Neither the device nor ``together`` is part of the name: they change rounding only, and whoever comes first decides.
 
     Args:
-        task: see `federate`, as for the rest.
+        task: see there, as for the rest.
         weights: to begin with.
         inputs: images in the model's input space, on the weights' device.
         labels: class indices.

@@ -107,50 +107,6 @@ class AfterRound(NamedTuple):
     """Wall time of a client's round, its defense included: the mean over clients."""
 
 
-def federate(
-    task: Task,
-    weights: Weights,
-    inputs: Tensor,
-    labels: Tensor,
-    federation: Federation,
-    key: Key,
-    progress: Progress | None = None,
-    *,
-    together: int | None = None,
-    defense: Defense | None = None,
-    public: Batch | None = None,
-) -> Weights:
-    """Train by federated averaging; deterministic in ``key``.
-
-    Args:
-        task: made with ``batchnorm="train_shared"`` and ``dropout="active"`` where the model has such layers, and
-            changed by the defense's `on_task`.
-        weights: to begin with; left as they are.
-        inputs: images in the model's input space, (n, *shape), on the weights' device and of their type.
-        labels: class indices, int64 of shape (n,).
-        federation: how to train.
-        key: who gets which image, the order of images, and dropout.
-        progress: called after each round.
-        together: clients in one lifted step, see `keyhole.federation.local.train_round`.
-        defense: what clients do to protect their images, see there.
-        public: public images with labels, for the defense.
-
-    Returns:
-        Parameters and buffers after the last round.
-
-    Raises:
-        ModelError: training diverged.
-    """
-    after = AfterRound(0, weights, math.nan)
-    steps = rounds(
-        task, weights, inputs, labels, federation, key, together=together, defense=defense, public=public
-    )  # fmt: skip
-    for after in steps:
-        if progress is not None:
-            progress(after.number, federation.rounds, after.loss)
-    return after.weights
-
-
 def rounds(
     task: Task,
     weights: Weights,
@@ -169,25 +125,29 @@ def rounds(
     spread: Spread = map,
     clients: Clients | None = None,
 ) -> Iterator[AfterRound]:
-    """The same, round by round.
+    """Train by federated averaging, round by round; deterministic in ``key``.
 
     Args:
-        task: see `federate`, as for the rest.
-        weights: to begin with, or where ``done`` rounds had led: with ``memory`` and ``states`` as they were,
-            training then goes on as if it had never stopped.
-        inputs: images.
-        labels: class indices.
+        task: made with ``batchnorm="train_shared"`` and ``dropout="active"`` where the model has such layers, and
+            changed by the defense's `on_task`.
+        weights: to begin with, left as they are; or where ``done`` rounds had led: with ``memory`` and ``states`` as
+            they were, training then goes on as if it had never stopped.
+        inputs: images in the model's input space, (n, *shape), on the weights' device and of their type.
+        labels: class indices, int64 of shape (n,).
         federation: how to train.
-        key: the training's randomness.
+        key: who gets which image, the order of images, and dropout.
         done: rounds that are already done.
-        together: clients in one lifted step.
-        defense: what clients do to protect their images.
+        together: clients in one lifted step, see `keyhole.federation.local.train_round`.
+        defense: what clients do to protect their images, see there.
         public: public images with labels, for the defense.
         strategy: what the server does; by default it averages.
         memory: what the server kept after the rounds that are done.
         states: what the defense kept of each client after them.
         spread: where clients are trained.
         clients: runs the clients of a round, as `train_round` would; by default that does it here.
+
+    Raises:
+        ModelError: training diverged.
     """
     strategy = strategy or FedAvg()
     memory = strategy.begin(weights) if memory is None else memory

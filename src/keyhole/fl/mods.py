@@ -65,7 +65,10 @@ class DefenseMod:
         other = _other_hook(defense)
         if other is not None:
             name = type(defense).__name__
-            raise ConfigError(f"{name} acts in {other}, which a mod cannot do: it only sees the trained weights.")
+            raise ConfigError(
+                f"{name} acts in {other}, which a mod cannot do: it only sees the trained weights; train with "
+                "keyhole.fl.defended_training instead."
+            )
         self.defense, self.seed = defense, seed
         self.task = model if isinstance(model, Task) else _task_of(model)
         trained = {name: p.requires_grad for name, p in self.task.model.named_parameters()}

@@ -41,6 +41,12 @@ _STYLE: Any = {
     "svg.hashsalt": "keyhole",
 }
 
+_BELOW: Any = {"loc": "outside lower center", "ncols": 2, "handlelength": 2.6}
+"""Where the legend of a panel is."""
+
+_WIDE = (7.6, 3.8)
+"""Inches, with room for a legend of many defenses beside the axes."""
+
 
 def picture(image: NDArray[np.floating]) -> str:
     """A PNG of one image.
@@ -51,13 +57,7 @@ def picture(image: NDArray[np.floating]) -> str:
     Returns:
         A data URI.
     """
-    pixels = np.round(np.clip(np.nan_to_num(image), 0, 1) * 255).astype(np.uint8)
-    drawn = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)) if len(pixels) == 3 else pixels[0])
-    if max(drawn.size) > LARGEST:
-        drawn.thumbnail((LARGEST, LARGEST))
-    buffer = io.BytesIO()
-    drawn.save(buffer, "PNG")
-    return _uri("image/png", buffer)
+    return _png(image, LARGEST)
 
 
 def mosaic(images: NDArray[np.floating], scale: int = 2) -> str:
@@ -76,8 +76,14 @@ def mosaic(images: NDArray[np.floating], scale: int = 2) -> str:
         for column in range(columns):
             top, left = row * (height + 1), column * (width + 1)
             sheet[:, top : top + height, left : left + width] = images[row, column]
-    pixels = np.round(np.clip(np.nan_to_num(sheet), 0, 1) * 255).astype(np.uint8).repeat(scale, 1).repeat(scale, 2)
-    drawn = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)) if channels == 3 else pixels[0])
+    return _png(sheet.repeat(scale, 1).repeat(scale, 2))
+
+
+def _png(image: NDArray[np.floating], largest: int | None = None) -> str:
+    pixels = np.round(np.clip(np.nan_to_num(image), 0, 1) * 255).astype(np.uint8)
+    drawn = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)) if len(pixels) == 3 else pixels[0])
+    if largest is not None and max(drawn.size) > largest:
+        drawn.thumbnail((largest, largest))
     buffer = io.BytesIO()
     drawn.save(buffer, "PNG")
     return _uri("image/png", buffer)
@@ -87,19 +93,19 @@ def _uri(kind: str, buffer: io.BytesIO) -> str:
     return f"data:{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def _axes() -> tuple[Figure, Axes]:
+def _axes(size: tuple[float, float] = (3.9, 3.0)) -> tuple[Figure, Axes]:
     # A figure for each panel, rather than subplots, so that the page can arrange them for its width. No pyplot: it
     # keeps every figure alive and would choose a backend for the whole process.
-    figure = Figure(figsize=(3.9, 3.0), layout="constrained")
+    figure = Figure(figsize=size, layout="constrained")
     axes = figure.add_subplot()
     axes.grid(color="#e4e8ec", linewidth=0.6)
     axes.set_axisbelow(True)
     return figure, axes
 
 
-def _finish(figure: Figure, axes: Axes) -> str:
+def _finish(figure: Figure, axes: Axes, **legend: Any) -> str:
     if axes.get_legend_handles_labels()[1]:
-        figure.legend(loc="outside lower center", ncols=2, handlelength=2.6)
+        figure.legend(**legend)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     return _uri("image/svg+xml", buffer)
@@ -142,7 +148,7 @@ def leak_curve(groups: Sequence[Group]) -> str:
                 linestyle="-" if attack else _DASHES.get(group.attacker, _OTHER_DASH),
             )
         axes.set(xlim=(0, 1), ylim=(-0.02, 1.02), xlabel="SSIM threshold", ylabel="share of images at or above")
-        return _finish(figure, axes)
+        return _finish(figure, axes, **_BELOW)
 
 
 def loss_history(groups: Sequence[Group]) -> str | None:
@@ -173,7 +179,7 @@ def loss_history(groups: Sequence[Group]) -> str | None:
         # A cosine distance can come out at or below zero; a log axis would silently drop it.
         axes.set_yscale("log" if smallest > 0 else "symlog", **({} if smallest > 0 else {"linthresh": 1e-6}))
         axes.set(xlabel="evaluations of the objective", ylabel="best objective so far")
-        return _finish(figure, axes)
+        return _finish(figure, axes, **_BELOW)
 
 
 def _histories(group: Group) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -188,22 +194,6 @@ def _histories(group: Group) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         last = np.searchsorted(line[:, 0], grid, side="right") - 1
         held[last >= 0] = line[last[last >= 0], 1]
     return grid, values
-
-
-def _wide() -> tuple[Figure, Axes]:
-    """Axes with room for a legend of many defenses beside them."""
-    figure = Figure(figsize=(7.6, 3.8), layout="constrained")
-    axes = figure.add_subplot()
-    axes.grid(color="#e4e8ec", linewidth=0.6)
-    axes.set_axisbelow(True)
-    return figure, axes
-
-
-def _saved(figure: Figure) -> str:
-    figure.legend(loc="outside right upper")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return _uri("image/svg+xml", buffer)
 
 
 def _look(number: int) -> dict[str, Any]:
@@ -224,7 +214,7 @@ def trade_off(
         A data URI with an SVG.
     """
     with matplotlib.rc_context(_STYLE):
-        figure, axes = _wide()
+        figure, axes = _axes(_WIDE)
         for number, (name, accuracy, leak) in enumerate(points):
             if not np.isfinite(leak.value):
                 continue
@@ -236,7 +226,7 @@ def trade_off(
             )  # fmt: skip
             axes.annotate(str(number + 1), (across, up), (5, 4), textcoords="offset points", color="#333a42")
         axes.set(xlim=(-3, 103), xlabel=x, ylabel="test accuracy, %")
-        return _saved(figure)
+        return _finish(figure, axes, loc="outside right upper")
 
 
 def _arms(value: Estimate) -> list[list[float]] | None:
@@ -259,7 +249,7 @@ def leaks_by_round(
         A data URI with an SVG.
     """
     with matplotlib.rc_context(_STYLE):
-        figure, axes = _wide()
+        figure, axes = _axes(_WIDE)
         apart = 0.008 * max((n for _, each in lines for n, _ in each), default=0)
         for number, (name, each) in enumerate(lines):
             if each:
@@ -268,4 +258,4 @@ def leaks_by_round(
                 axes.plot(rounds, rates, label=f"{number + 1}: {name}", linewidth=1.4, markersize=5, **_look(number))
         axes.set_xticks(sorted({n for _, each in lines for n, _ in each}))
         axes.set(ylim=(-3, 103), xlabel=x, ylabel=y)
-        return _saved(figure)
+        return _finish(figure, axes, loc="outside right upper")

@@ -12,6 +12,8 @@ import numpy as np
 
 from keyhole.core.trial import Outcome, Spec
 from keyhole.errors import StoreError
+from keyhole.experiment.prior import LEAK_SSIM as LEAK_SSIM
+from keyhole.metrics.image import PSNR_CAP
 from keyhole.report.intervals import Matrix
 from keyhole.report.names import attack_names, defense_name
 from keyhole.report.records import Setting, is_attack
@@ -23,12 +25,9 @@ UpdateKey = tuple[int, tuple[int, ...]]
 Name = tuple[str, str, str, str]
 """Setting, defense, attack, attacker."""
 
-LEAK_SSIM = 0.7
 LEAK_MARGIN = 0.1
 SLACK = 1e-9
 """For decimals such as 0.1 that have no exact binary form."""
-PSNR_CAP = 100.0
-"""dB; where a perfect copy's infinite PSNR is cut."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
-"""A report as one HTML page; Markdown and the terminal's tables are here by name too.
+"""A report as one HTML page.
 
 The page is one file without scripts or outside resources, so that it can be mailed and archived. jinja2 and matplotlib
-are imported when a page is asked for: the terminal's table and the Markdown need neither.
+are imported when a page is asked for: the rest of a report needs neither.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from keyhole.errors import KeyholeError
 from keyhole.report import details
 from keyhole.report.grid import grid
 from keyhole.report.groups import LEAK_MARGIN, LEAK_SSIM, Group, collect
-from keyhole.report.markdown import render_markdown
 from keyhole.report.meaning import meaning, notes, shared_sentences, troubles
 from keyhole.report.records import Images, Setting
 from keyhole.report.sentence import labels_alone
@@ -25,28 +24,13 @@ from keyhole.report.tables import (
     LABELS_NOTE,
     LEAK_NOTE,
     SOLVED_NOTE,
-    Line,
-    leak_table,
     overview_table,
     shows_success,
-    verdict_table,
 )
 from keyhole.report.verdict import FELL_FROM, NOT_BROKEN_UP_TO, percent
 
-__all__ = ["Images", "render_html", "render_markdown", "render_table", "render_verdict"]
-
 OPEN_SETTINGS = 3
 """Settings whose section is open when the page is; the others unfold."""
-
-
-def render_table(report: Report) -> list[Line]:
-    """Strings for the command line to lay out: the head, then a row for each attacker; see `leak_table`."""
-    return leak_table(report)
-
-
-def render_verdict(report: Report) -> list[Line]:
-    """The head and one row of strings for each defense; see `verdict_table`."""
-    return verdict_table(report)
 
 
 def render_html(

@@ -10,7 +10,9 @@ from keyhole.core.trial import Outcome
 from keyhole.errors import StoreError
 from keyhole.experiment.audit import SETTING
 from keyhole.experiment.store import Store
-from keyhole.report.render import Images, render_html, render_markdown
+from keyhole.report.markdown import render_markdown
+from keyhole.report.records import Images
+from keyhole.report.render import render_html
 from keyhole.report.summarize import Report, Setting, summarize
 
 
@@ -22,7 +24,9 @@ def read_audit(folder: Path) -> tuple[list[Setting], list[Outcome]]:
     """
     path = folder / SETTING
     if not path.exists():
-        raise StoreError(f"'{folder}' holds no audit that began its attacks (there is no {SETTING} in it).")
+        raise StoreError(
+            f"'{folder}' holds no audit that began its attacks (there is no {SETTING} in it); name the --out of one."
+        )
     try:
         raw = json.loads(path.read_text())
         settings = [_setting(one) for one in raw.get("settings", [raw])]  # a lone one was once written by itself

@@ -21,8 +21,8 @@ def minimise(
     *,
     project: Project = lambda x: x,
     stop: Callable[[Tensor], Tensor] | None = None,
-) -> Tensor:
-    """Take ``steps`` steps from ``x`` and return the last iterate. Written for one trial; lifts.
+) -> tuple[Tensor, Tensor]:
+    """Take ``steps`` steps from ``x``. Written for one trial; lifts.
 
     Args:
         objective: a tensor like ``x`` to a scalar.
@@ -31,20 +31,10 @@ def minimise(
         steps: how many; 0 returns ``x``.
         project: the nearest admissible point, on flat vectors; applied after each step.
         stop: asked at each iterate, before its step, whether to stay there for good; a boolean scalar.
+
+    Returns:
+        The last iterate, and how many steps were taken before it stopped, a scalar.
     """
-    return minimise_counted(objective, x, optimizer, steps, project=project, stop=stop)[0]
-
-
-def minimise_counted(
-    objective: Callable[[Tensor], Tensor],
-    x: Tensor,
-    optimizer: Optimizer,
-    steps: int,
-    *,
-    project: Project = lambda x: x,
-    stop: Callable[[Tensor], Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """As `minimise`; also how many steps were taken before it stopped, a scalar."""
     shape = x.shape
     state = optimizer.init(x.flatten())
     stopped = torch.zeros((), dtype=torch.bool, device=x.device)

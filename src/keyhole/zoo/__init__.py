@@ -9,4 +9,3 @@ from keyhole.zoo import mlp as mlp
 from keyhole.zoo import models as models
 from keyhole.zoo import photos as photos
 from keyhole.zoo import resnet as resnet
-from keyhole.zoo import scnn as scnn

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import nn
 
@@ -13,7 +13,9 @@ from keyhole.errors import UnknownName
 from keyhole.zoo.shapes import as_image
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"sigmoid": nn.Sigmoid, "relu": nn.ReLU}
-_INITS = ("uniform", "default")
+
+Activation = Literal["sigmoid", "relu"]
+Init = Literal["uniform", "default"]
 
 
 @MODELS.add(
@@ -23,11 +25,7 @@ _INITS = ("uniform", "default")
     facts={"normalize": False},
 )
 def lenet_zhu(
-    *,
-    input_shape: tuple[int, ...],
-    num_classes: int,
-    activation: Literal["sigmoid", "relu"] = "sigmoid",
-    init: Literal["uniform", "default"] = "uniform",
+    *, input_shape: tuple[int, ...], num_classes: int, activation: Activation = "sigmoid", init: Init = "uniform"
 ) -> nn.Module:
     """Three 5x5 convolutions of 12 channels with sigmoids, and a linear head: the network of DLG and iDLG.
 
@@ -58,11 +56,7 @@ def lenet_zhu(
     facts={"normalize": False},
 )
 def lenet_zhu4(
-    *,
-    input_shape: tuple[int, ...],
-    num_classes: int,
-    activation: Literal["sigmoid", "relu"] = "sigmoid",
-    init: Literal["uniform", "default"] = "uniform",
+    *, input_shape: tuple[int, ...], num_classes: int, activation: Activation = "sigmoid", init: Init = "uniform"
 ) -> nn.Module:
     """`lenet_zhu` with a fourth convolution like its third: the network on which Soteria was shown.
 
@@ -91,13 +85,13 @@ def _lenet(
     strides: tuple[int, ...],
     input_shape: tuple[int, ...],
     num_classes: int,
-    activation: str,
-    init: str,
+    activation: Activation,
+    init: Init,
 ) -> nn.Module:
     if activation not in _ACTIVATIONS:
         raise UnknownName("activation", activation, _ACTIVATIONS, f"model '{name}'")
-    if init not in _INITS:
-        raise UnknownName("init", init, _INITS, f"model '{name}'")
+    if init not in get_args(Init):
+        raise UnknownName("init", init, get_args(Init), f"model '{name}'")
     channels, height, width = as_image(input_shape, name, least=1)
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     for number, stride in enumerate(strides, start=1):

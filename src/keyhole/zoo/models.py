@@ -84,20 +84,33 @@ def _current_directory_first() -> Iterator[None]:
             sys.path.remove(here)
 
 
-def _import_factory(path: str) -> Callable[..., Any]:
+def import_own(path: str, what: str) -> Any:
+    """Something of the user's own code, imported with the current directory on the path.
+
+    Args:
+        path: ``package.module:name``.
+        what: what it is, for errors.
+
+    Raises:
+        ModelError: there is no such thing, or its module cannot be imported.
+    """
     module_name, _, attribute = path.partition(":")
     if not all(part.isidentifier() for part in (*module_name.split("."), *attribute.split("."))):
-        raise ModelError(f"model factory '{path}' is not of the form 'package.module:function'.")
+        raise ModelError(f"{what} '{path}' is not of the form 'package.module:name'.")
     try:
-        found: Any = importlib.import_module(module_name)
+        with _current_directory_first():
+            found: Any = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:
-        raise ModelError(
-            f"model factory '{path}': module '{module_name}' cannot be imported ({cause(error)})."
-        ) from error
+        raise ModelError(f"{what} '{path}': module '{module_name}' cannot be imported ({cause(error)}).") from error
     for part in attribute.split("."):
         if not hasattr(found, part):
-            raise ModelError(f"model factory '{path}': module '{module_name}' has no '{attribute}'.")
+            raise ModelError(f"{what} '{path}': module '{module_name}' has no '{attribute}'.")
         found = getattr(found, part)
+    return found
+
+
+def _import_factory(path: str) -> Callable[..., Any]:
+    found = import_own(path, "model factory")
     if isinstance(found, nn.Module) or not callable(found):
         kind = type(found).__name__
         raise ModelError(f"model factory '{path}' is a {kind}; a function (or class) that makes the model is needed.")

@@ -18,9 +18,8 @@ def as_image(input_shape: tuple[int, ...], model: str, least: int) -> tuple[int,
     """
     if len(input_shape) != 3 or min(input_shape[1:]) < least or input_shape[0] < 1:
         raise ModelError(
-            f"model '{model}' was given inputs of shape {tuple(input_shape)}; it needs images (channels, "
-            "height, width) "
-            f"with sides of at least {least} pixels. Set data.size, or choose another model."
+            f"model '{model}' was given inputs of shape {tuple(input_shape)}; it needs images (channels, height, "
+            f"width) with sides of at least {least} pixels. Set data.size, or choose another model."
         )
     channels, height, width = input_shape
     return channels, height, width

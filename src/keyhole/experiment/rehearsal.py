@@ -1,0 +1,119 @@
+"""What trainings, and the audit of a frontier, would cost: `keyhole train X --dry-run`. Nothing is written."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import one_hot
+
+from keyhole.core.trial import Spec
+from keyhole.experiment.dryrun import dry_run
+from keyhole.experiment.frontier import Namer, study_at
+from keyhole.experiment.plan import build_defense
+from keyhole.experiment.prospect import Prospect, in_hours
+from keyhole.experiment.sections import StateSection
+from keyhole.experiment.setup import find_device
+from keyhole.experiment.train import Problem, training_key
+from keyhole.experiment.training_plan import TrainingPlan
+from keyhole.experiment.work import available_cores
+from keyhole.federation.local import train_round
+from keyhole.federation.states import accuracy
+from keyhole.solve.threads import one_thread
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """A plan before it runs."""
+
+    plan: TrainingPlan
+    client_seconds: dict[tuple[Spec, ...], float]
+    """Of one client in the first round, by defense."""
+    test_seconds: float
+    """Of the test images after a round."""
+    jobs: int
+    """Trainings at a time."""
+    audit: Prospect | None
+
+    def core_seconds(self, specs: tuple[Spec, ...]) -> float:
+        """All trainings under a defense."""
+        federation, seeds = self.plan.federation, len(self.plan.run.seeds)
+        return seeds * federation.rounds * (federation.clients * self.client_seconds[specs] + self.test_seconds)
+
+
+def rehearse(plan: TrainingPlan, *, audit: bool, name: Namer, jobs: int = 0, device: str = "cpu") -> Rehearsal:
+    """Time the first round of one client under each defense, and the attacks of the audit on untrained networks.
+
+    Args:
+        plan: what would be trained.
+        audit: whether its ``[audit]`` would follow.
+        name: names of defenses, for the settings of the audit.
+        jobs: processes that it would have; 0 for one a core.
+        device: ``cpu`` or ``cuda``.
+
+    Raises:
+        ConfigError: ``audit``, and the plan has no ``[audit]``.
+    """
+    where = find_device(device)
+    study = (
+        study_at(plan, lambda *place: StateSection(train=f"defense {place[0]}, round {place[1]}"), name)
+        if audit
+        else None
+    )
+    problem = Problem(plan, where)
+    with one_thread(where):
+        _one_client(problem, ())  # a process does some things once
+        seconds = {specs: _one_client(problem, specs) for specs in plan.defenses}
+        began = time.perf_counter()
+        accuracy(problem.task(()), problem.fresh((), plan.run.seeds[0]), *problem.test)
+        tested = time.perf_counter() - began
+    # Untrained networks are there; all others have a name in place of a file.
+    known = None if study is None else dry_run(study, jobs=jobs, device=device, later=lambda s: s.train != "none")
+    at_a_time = min((jobs or available_cores()) if where.type == "cpu" else 1, len(plan.defenses) * len(plan.run.seeds))
+    return Rehearsal(plan, seconds, tested, at_a_time, known)
+
+
+def _one_client(problem: Problem, specs: tuple[Spec, ...]) -> float:
+    """Seconds of the first client's first round."""
+    seed = problem.plan.run.seeds[0]
+    start, task = problem.fresh(specs, seed), problem.task(specs)
+    targets = one_hot(problem.labels, task.num_classes).to(problem.inputs.dtype)
+    began = time.perf_counter()
+    train_round(
+        task, start, problem.inputs, targets, problem.parts(seed)[:1],
+        problem.federation.local(problem.plan.federation.server()), training_key(seed),
+        defense=build_defense(specs) if specs else None, public=problem.public,
+    )  # fmt: skip
+    if problem.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def rehearsal_in_words(found: Rehearsal, name: Namer) -> Iterator[str]:
+    """Lines of text."""
+    plan, federation = found.plan, found.plan.federation
+    yield f"{plan.title}: nothing has been run or written."
+    yield ""
+    seeds = len(plan.run.seeds)
+    yield (
+        f"Training: {len(plan.defenses) * seeds} networks ({len(plan.defenses)} defenses, {seeds} "
+        f"seed{'s' * (seeds != 1)}), {federation.rounds} rounds of {federation.clients} clients each."
+    )
+    names = {specs: name(specs) for specs in plan.defenses}
+    width = max(map(len, names.values()))
+    for specs, label in names.items():
+        each, together = found.client_seconds[specs], in_hours(found.core_seconds(specs))
+        yield f"  {label:{width}}  {each:.2g} s a client and round, {together}"
+    whole = sum(map(found.core_seconds, plan.defenses))
+    yield f"  In all about {in_hours(whole / found.jobs)}, {found.jobs} at a time ({in_hours(whole)} of core time)."
+    if found.audit is not None:
+        cost, settings = found.audit.cost, found.audit.settings
+        yield f"Audit: {sum(s.trials for s in settings)} trials in {len(settings)} settings."
+        yield (
+            f"  At most {in_hours(cost.wall_seconds)} with {cost.jobs} jobs ({in_hours(cost.core_seconds)} of core "
+            f"time), about {found.audit.memory / 1e9:.1f} GB of memory."
+        )
+        yield f"  Prediction without a defense, {settings[0].setting}: {settings[0].feasibility.verdict}."
+    yield "Estimates, from the first round of one client and a few steps of each attack on this machine as it is now."
