@@ -116,7 +116,7 @@ def keep_accuracy(folder: Path, today: str) -> None:
     ACCURACY.write_text(json.dumps({"date": today, "defenses": kept}, indent=1) + "\n")
 
 
-FRONTIER_NAMES = ("frontier", "frontier_mnist")
+FRONTIER_NAMES = ("frontier", "frontier_mnist", "frontier_cifar10")
 INVERSION_NAMES = ("fedinverse_digits", "fedinverse_mnist", "fedinverse_mnist_defenses", "fedinverse_mnist_ked",
                    "fedinverse_faces")  # fmt: skip
 
