@@ -101,7 +101,7 @@ def test_where_they_do_not_follow_the_report_says_so(tmp_path: Path) -> None:
         (twice, 2, (), "running statistics mix those of 2 steps"),
         (kept, 1, (), "running statistics came back as they were sent, or not at all"),
         (bare, 1, (), "running statistics came back as they were sent, or not at all"),
-        (odd, 1, (), "moved otherwise than one step with the model's momentum moves them"),
+        (odd, 1, (), "running statistics moved otherwise than one step with the model's momentum moves them"),
         (update, 1, ("sum=true",), "a mean over clients mixes those of all"),
     ]
     for number, (sent, epochs, more, said) in enumerate(cases):

@@ -55,7 +55,7 @@ def test_one_step_of_each_client_is_one_step_on_all_images_though_a_batch_is_one
 
 
 def test_a_sum_gives_the_images_back_that_its_clients_have(tmp_path: Path, model: Small) -> None:
-    """The reviewer's case: taken for four steps, it gave two of four images."""
+    """Taken for four steps in a row it is not explained."""
     steps = batches(4, 1)
     updates = {str(i): moved(model, [step]) for i, step in enumerate(steps)}
     folder = record(tmp_path / "t", model, updates, dict.fromkeys(updates, 1), lr=LR, batch_size=1, epochs=1)

@@ -82,9 +82,7 @@ class Recorded:
     @property
     def name(self) -> str:
         """Whose update it is, in words."""
-        return (
-            f"round {self.round}, {self.client} clients" if self.parts else f"round {self.round}, client {self.client}"
-        )
+        return f"round {self.round}, " + (f"{self.client} clients" if self.parts else f"client {self.client}")
 
 
 @dataclass(frozen=True, eq=False)
