@@ -110,6 +110,37 @@ def test_several_steps_are_taken_for_what_they_are(tmp_path: Path, model: Small)
     assert len(finding.attempts[0].guesses) == 4
 
 
+@pytest.mark.parametrize(
+    ("count", "batch", "epochs", "known", "expected"),
+    [
+        (1, 1, 1, {}, (1, 1, 1)),
+        (1, 1, 3, {}, (3, 1, 3)),
+        (2, 1, 1, {"epochs": 1}, (2, 1, 1)),
+        (2, 1, 2, {"batch-size": 1}, (4, 1, 2)),
+        (2, 2, 2, {}, (2, 2, 2)),
+    ],
+)
+def test_steps_are_estimated_where_the_learning_rate_is_known_and_they_are_not(
+    tmp_path: Path, model: Small, count: int, batch: int, epochs: int, known: dict[str, int], expected: tuple[int, ...]
+) -> None:
+    """Steps, batch size and epochs of a client that says none of them, or one."""
+    images = torch.rand(count, 1, 8, 8, generator=torch.Generator().manual_seed(5))
+    parts = list(zip(images.split(batch), torch.tensor([0, 1])[:count].split(batch), strict=True))
+    update = moved(model, parts * epochs, lr=0.005)
+    folder = record(tmp_path / "t", model, {"7": update}, {"7": count}, lr=0.005, **known)
+    found = audit_transcript(folder, MODEL, changes=('attacks=[{name="idlg",steps=2}]',)).found[0].training
+    assert (found.steps, found.rule.batch_size, found.rule.epochs) == expected
+    assert any("estimated from the last layer's length" in word for word in found.words) == (expected[0] > 1)
+    given = audit_transcript(folder, MODEL, changes=('attacks=[{name="idlg",steps=2}]', "epochs=1", "batch_size=2"))
+    assert given.found[0].training.steps == 1
+    # A network that prefers a class says nothing of it, and then one step is assumed.
+    with torch.no_grad():
+        model.head.bias[0] += 2.0
+    sure = record(tmp_path / "sure", model, {"7": moved(model, parts * epochs, lr=0.005)}, {"7": count}, lr=0.005)
+    words = audit_transcript(sure, MODEL, changes=('attacks=[{name="idlg",steps=2}]',)).found[0].training.words
+    assert "one epoch, which is an assumption (set it with --set epochs=...)" in words
+
+
 def test_an_attacker_who_knows_the_defense_tries_its_counters(
     tmp_path: Path, model: Small, image: tuple[Tensor, Tensor]
 ) -> None:
@@ -207,7 +238,7 @@ def test_a_client_of_whom_nonsense_is_recorded_keeps_no_other_from_being_audited
     assert missing.startswith("round 1, client 7: ") and said in missing
     write_recorded(findings, tmp_path / "out")
     assert f"Not attacked: {missing[:40]}" in (tmp_path / "out" / "report.md").read_text()
-    with pytest.raises((DataError, ConfigError), match="can be attacked|no recorded update"):
+    with pytest.raises((DataError, ConfigError), match="can be attacked|no update of a complete round"):
         audit_transcript(folder, MODEL, changes=(quick, 'clients=["7"]'))
 
 

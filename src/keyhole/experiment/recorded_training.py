@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -92,13 +92,32 @@ class _Client:
 
     images: int
     lr: float | None
-    epochs: int
-    batch: int
+    epochs: int | None
+    batch: int | None
+    """`None` where nothing says it: one epoch, and all images in one batch."""
     words: tuple[str, ...]
+    """Where this is from."""
+
+    @property
+    def rule(self) -> LocalSGD:
+        """With a learning rate of 1 where it is not known."""
+        batch = self.images if self.batch is None else min(self.batch, self.images)
+        order = "shuffled" if (self.epochs or 1) * -(-self.images // batch) > 1 else "fixed"
+        return LocalSGD(self.epochs or 1, self.lr or 1.0, batch, order)  # type: ignore[arg-type]
 
     @property
     def steps(self) -> int:
-        return self.epochs * -(-self.images // self.batch)
+        return self.rule.steps(self.images)
+
+    @property
+    def assumed(self) -> list[str]:
+        """What of it is assumed, in words."""
+        words = []
+        if self.batch is None and self.images > 1:
+            words.append("all images in one batch, which is an assumption (set it with --set batch_size=...)")
+        if self.epochs is None:
+            words.append("one epoch, which is an assumption (set it with --set epochs=...)")
+        return words
 
 
 def training_of(task: Task, one: Recorded, known: Known) -> Training:
@@ -113,8 +132,10 @@ def training_of(task: Task, one: Recorded, known: Known) -> Training:
     parts = one.parts or (one,)
     counts, words = _images(parts, known)
     clients = [_client(part, count, known) for part, count in zip(parts, counts, strict=True)]
+    if not one.parts and not known.defense:
+        clients = [_as_long(task, one, clients[0])]
     images, steps = sum(counts), max(client.steps for client in clients)
-    words += dict.fromkeys(word for client in clients for word in client.words)
+    words += dict.fromkeys(word for client in clients for word in (*client.words, *client.assumed))
     if max(images, steps) > MOST:
         raise Refused(f"{images} images and {steps} steps are behind the update; up to {MOST} of each are attacked.")
     if len({client.lr for client in clients}) > 1:
@@ -129,7 +150,8 @@ def training_of(task: Task, one: Recorded, known: Known) -> Training:
         words.append("images of all clients weighed alike, which is an assumption")
     lr, estimate = clients[0].lr, None
     if lr is None:
-        estimate = _estimate(task, one, mean)
+        length, _ = _length(task, one)
+        estimate = None if length is None else length / mean
         words.append(
             "learning rate unknown: only the update's direction is matched"
             if estimate is None
@@ -137,11 +159,10 @@ def training_of(task: Task, one: Recorded, known: Known) -> Training:
             "is matched"
         )
     rate = lr or estimate or 1.0
-    order = "shuffled" if steps > 1 else "fixed"
+    rule = replace(clients[0].rule, lr=rate)
     if one.parts:
-        rule = LocalSGD(steps, rate * mean / steps if mean < steps else rate, images, order)
-    else:
-        rule = LocalSGD(clients[0].epochs, rate, clients[0].batch, order)
+        # Every step of the mean is one on all images.
+        rule = replace(rule, epochs=steps, lr=rate * mean / steps if mean < steps else rate, batch_size=images)
     return Training(rule, images, steps, lr is not None, tuple(words))
 
 
@@ -183,11 +204,32 @@ def _client(part: Recorded, images: int, known: Known) -> _Client:
 
     lr, epochs = find("learning rate", known.lr, _LR, counted=False), find("epochs", known.epochs, _EPOCHS)
     size = find("batch size", known.batch_size, _BATCH)
-    if size is None and images > 1:
-        words.append("all images in one batch, which is an assumption (set it with --set batch_size=...)")
-    if epochs is None:
-        words.append("one epoch, which is an assumption (set it with --set epochs=...)")
-    return _Client(images, lr, int(epochs or 1), images if size is None else min(int(size), images), tuple(words))
+    return _Client(
+        images, lr, None if epochs is None else int(epochs), None if size is None else int(size), tuple(words)
+    )
+
+
+def _as_long(task: Task, one: Recorded, client: _Client) -> _Client:
+    """The client with more steps than would be assumed, where the length of its update tells of them.
+
+    That needs the learning rate, a class without images, and a network that hardly prefers a class yet: on others the
+    length says nothing. Long training is not seen in full: as classes without images get unlikely, steps get shorter.
+    """
+    told = client.epochs is not None and (client.batch is not None or client.images == 1)
+    if told or client.lr is None or client.images >= task.num_classes:
+        return client
+    length, even = _length(task, one)
+    if length is None or not even:
+        return client
+    steps = round(min(length / client.lr, MOST))
+    if steps <= client.steps:
+        return client
+    if client.epochs is None:
+        found = replace(client, epochs=max(1, round(steps / client.steps)))
+    else:
+        found = replace(client, batch=-(-client.images // max(1, round(steps / client.epochs))))
+    words = f"{found.steps} steps or more, estimated from the last layer's length (set epochs and batch_size if known)"
+    return replace(found, words=(*client.words, words))
 
 
 def _number(told: Any) -> int | float | None:
@@ -200,16 +242,21 @@ def _number(told: Any) -> int | float | None:
     return told if isinstance(told, int | float) and not isinstance(told, bool) else None
 
 
-def _estimate(task: Task, one: Recorded, steps: float) -> float | None:
-    """The learning rate from the last layer's bias: a class without images gets ``lr steps p`` there.
+EVEN = 1.5
+"""How many times as likely as in a draw a class may be for images of noise, where the network hardly prefers any."""
 
-    The probabilities p are those of noise at the weights sent. Too small where all classes have images.
+
+def _length(task: Task, one: Recorded) -> tuple[float | None, bool]:
+    """Learning rate times steps, from the last layer's bias: a class without images gets ``lr steps p`` there.
+
+    The probabilities p are those of noise at the weights sent. Too small where all classes have images. Also says
+    whether the network is so even that p is that of other images too.
     """
     head = head_of(task, one.update, "the learning rate's estimate")
     if head.bias is None:
-        return None
+        return None, False
     noise = normal(new_key(0), (16, *task.input_shape))
     p = torch.softmax(task.logits(one.weights, noise), -1).mean(0)
     rising = head.bias > 0
-    found = float((head.bias * rising).sum() / (p * rising).sum().clamp(min=1e-12)) / steps
-    return found if math.isfinite(found) and found > 0 else None
+    found = float((head.bias * rising).sum() / (p * rising).sum().clamp(min=1e-12))
+    return found if math.isfinite(found) and found > 0 else None, float(p.max()) * task.num_classes <= EVEN
