@@ -83,9 +83,9 @@ def test_an_update_under_noise_is_explained_by_what_scores_as_the_true_images_wo
 @pytest.mark.parametrize(
     ("std", "epochs", "known", "explains", "said"),
     [
-        (0.003, 1, (), False, "0 of 1 attacked update explained. An update that is not explained is not safe for that"),
-        (0.1, 1, (NOISE.replace("0.003", "0.1"),), None, "For 1 the attacks' own score cannot tell"),
-        (0.0, 2, (), None, "For 1 the attacks' own score cannot tell"),
+        (0.003, 1, (), False, "0 of 1 attacked update explained. What is not explained is not safe for that"),
+        (0.1, 1, (NOISE.replace("0.003", "0.1"),), None, "Of 1 attacked update the attacks' own score tells nothing"),
+        (0.0, 2, (), None, "Of 1 attacked update the attacks' own score tells nothing"),
     ],
 )
 def test_a_score_that_cannot_tell_is_not_taken_for_safety(

@@ -76,26 +76,30 @@ def _attack(one: Attempt) -> dict[str, Any]:
 
 def conclusion(findings: Findings) -> str:
     """The result in a few sentences."""
-    count = len(findings.found)
-    said = [explains(one) for one in findings.found]
-    explained, unknown = said.count(True), said.count(None)
-    first = f"{explained} of {count} attacked update{'s' * (count != 1)} explained"
-    first += ": images were found that would have caused (nearly) the same update." if explained else "."
+    answers = [explains(one) for one in findings.found]
+    explained, unknown = answers.count(True), answers.count(None)
+    judged = len(answers) - unknown
+    said = []
+    if judged:
+        said.append(f"{explained} of {judged} attacked update{'s' * (judged != 1)} explained")
+        said[0] += ": images were found that would have caused (nearly) the same update." if explained else "."
     if unknown:
-        first += (
-            f" For {unknown} the attacks' own score cannot tell: after a defense or several steps the true images "
-            "would not score 0 either."
+        said.append(
+            f"Of {unknown} attacked update{'s' * (unknown != 1)} the attacks' own score tells nothing: after a defense "
+            "or several steps the true images would not score 0 either, and a refused attack has no score."
         )
-    if explained + unknown < count:
-        first += " An update that is not explained is not safe for that: what was found may still resemble its images."
+    if explained < judged:
+        said.append("What is not explained is not safe for that: what was found may still resemble the images.")
     scored = [one for one in findings.found if one.truth is not None]
-    if not scored and findings.unscored:
-        return f"{first} Nothing was scored: the folder of secrets has none of these clients and rounds."
-    if not scored:
-        return f"{first} What leaked only the secrets of a test run can tell (--secrets)."
-    worst = [max((sum(leaks(a)) for a in one.attempts), default=0) for one in scored]
-    images = sum(len(one.truth) for one in scored if one.truth is not None)
-    return f"{first} {sum(worst)} of {images} private images leaked to the best attack on each update."
+    if scored:
+        worst = [max((sum(leaks(a)) for a in one.attempts), default=0) for one in scored]
+        images = sum(len(one.truth) for one in scored if one.truth is not None)
+        said.append(f"{sum(worst)} of {images} private images leaked to the best attack on each update.")
+    elif findings.unscored:
+        said.append("Nothing was scored: the folder of secrets has none of these clients and rounds.")
+    else:
+        said.append("What leaked only the secrets of a test run can tell (--secrets).")
+    return " ".join(said)
 
 
 def explains(one: Finding) -> bool | None:
