@@ -133,6 +133,11 @@ def test_steps_are_estimated_where_the_learning_rate_is_known_and_they_are_not(
     assert any("estimated from the last layer's length" in word for word in found.words) == (expected[0] > 1)
     given = audit_transcript(folder, MODEL, changes=('attacks=[{name="idlg",steps=2}]', "epochs=1", "batch_size=2"))
     assert given.found[0].training.steps == 1
+    # Noise is not taken for length.
+    update |= {"head.bias": update["head.bias"] + torch.tensor([0.01, 0.02, -0.005, 0.01])}
+    noised = record(tmp_path / "noised", model, {"7": update}, {"7": count}, lr=0.005)
+    words = audit_transcript(noised, MODEL, changes=('attacks=[{name="idlg",steps=2}]',)).found[0].training.words
+    assert "one epoch, which is an assumption (set it with --set epochs=...)" in words
     # A network that prefers a class says nothing of it, and then one step is assumed.
     with torch.no_grad():
         model.head.bias[0] += 2.0

@@ -162,7 +162,8 @@ def _solved(
     belief: Belief = Simulated(training.rule)
     if training.steps > 1:
         belief = BELIEFS.build("straight_line", rule=training.rule)
-    sees = frozenset[Field](name for name, value in seen[0]._asdict().items() if value is not None)
+    statistics: frozenset[Field] = frozenset(() if seen[0].statistics is None else ("statistics",))
+    sees = frozenset[Field]({"weights", "update"}) | statistics
     threat = ThreatModel(training.rule, belief, training.images, sees, counter.told(training.images))
     missing = (attack.needs | counter.needs) - threat.sees
     if missing:

@@ -162,7 +162,9 @@ def training_of(task: Task, one: Recorded, known: Known) -> Training:
     rule = replace(clients[0].rule, lr=rate)
     if one.parts:
         # Every step of the mean is one on all images.
-        rule = replace(rule, epochs=steps, lr=rate * mean / steps if mean < steps else rate, batch_size=images)
+        rule = LocalSGD(
+            steps, rate * mean / steps if mean < steps else rate, images, "fixed" if steps == 1 else "shuffled"
+        )
     return Training(rule, images, steps, lr is not None, tuple(words))
 
 
@@ -218,8 +220,8 @@ def _as_long(task: Task, one: Recorded, client: _Client) -> _Client:
     told = client.epochs is not None and (client.batch is not None or client.images == 1)
     if told or client.lr is None or client.images >= task.num_classes:
         return client
-    length, even = _length(task, one)
-    if length is None or not even:
+    length, usable = _length(task, one)
+    if length is None or not usable:
         return client
     steps = round(min(length / client.lr, MOST))
     if steps <= client.steps:
@@ -245,12 +247,15 @@ def _number(told: Any) -> int | float | None:
 EVEN = 1.5
 """How many times as likely as in a draw a class may be for images of noise, where the network hardly prefers any."""
 
+ADDED = 0.05
+"""Sum of the last layer's bias over the classes, as a share of what rose, from which on something was added to it."""
+
 
 def _length(task: Task, one: Recorded) -> tuple[float | None, bool]:
     """Learning rate times steps, from the last layer's bias: a class without images gets ``lr steps p`` there.
 
     The probabilities p are those of noise at the weights sent. Too small where all classes have images. Also says
-    whether the network is so even that p is that of other images too.
+    whether nothing was added, and the network is so even that p is that of other images too.
     """
     head = head_of(task, one.update, "the learning rate's estimate")
     if head.bias is None:
@@ -258,5 +263,9 @@ def _length(task: Task, one: Recorded) -> tuple[float | None, bool]:
     noise = normal(new_key(0), (16, *task.input_shape))
     p = torch.softmax(task.logits(one.weights, noise), -1).mean(0)
     rising = head.bias > 0
-    found = float((head.bias * rising).sum() / (p * rising).sum().clamp(min=1e-12))
-    return found if math.isfinite(found) and found > 0 else None, float(p.max()) * task.num_classes <= EVEN
+    risen = (head.bias * rising).sum()
+    found = float(risen / (p * rising).sum().clamp(min=1e-12))
+    # Softmax sums to what labels do, so that nothing but what was added leaves a sum over the classes.
+    pure = float(head.bias.sum().abs()) <= ADDED * float(risen)
+    usable = pure and float(p.max()) * task.num_classes <= EVEN
+    return found if math.isfinite(found) and found > 0 else None, usable
