@@ -458,19 +458,18 @@ def _report(folder: Path) -> None:
 
 def _audit_transcript(transcript: Path, model: str, secrets: Path | None, changes: list[str], folder: Path) -> None:
     from keyhole.experiment.recorded import audit_transcript
-    from keyhole.report.recorded import conclusion, lines, write_recorded
+    from keyhole.report.recorded import conclusion, lines, remarks, told, write_recorded
 
     findings = audit_transcript(transcript, model, secrets, tuple(changes))
     html = write_recorded(findings, folder)
     head, *rows = lines(findings)
-    table = Table(*head, box=None, padding=(0, 1))
+    # Wrapped rather than cut: which attacker a line is about must be there to read.
+    table = Table(*(Column(name, overflow="fold") for name in head), box=None, padding=(0, 1))
     for row in rows:
         table.add_row(*(escape(value) for value in row))
     out.print(table)
-    for one in findings.found:
-        who = f"Round {one.update.round}, client {one.update.client}"
-        out.print(f"{who}: {'; '.join(one.training.words)}.", highlight=False, markup=False)
-    out.print(conclusion(findings), highlight=False, markup=False)
+    for text in (*told(findings), *remarks(findings), conclusion(findings)):
+        out.print(text, highlight=False, markup=False)
     out.print(f"\nReport: {html.resolve()}", highlight=False, soft_wrap=True)
 
 

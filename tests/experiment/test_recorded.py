@@ -9,74 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from recorded_case import LR, MODEL, QUICK, Small, keep, moved, record
+from torch import Tensor
 
 from keyhole.errors import ConfigError, DataError, UnknownName
 from keyhole.experiment import recorded
 from keyhole.experiment.recorded import audit_transcript
-from keyhole.experiment.transcript import as_json, client_file, round_folder
+from keyhole.experiment.transcript import as_json, round_folder
 from keyhole.metrics.image import structural_similarity
 from keyhole.report.recorded import leaks, write_recorded
-from keyhole.solve.files import tensors_as_bytes
-
-LR = 0.3
-QUICK = 'attacks=[{name="idlg",steps=300}]'
-
-
-class Small(nn.Module):
-    """A sigmoid network that gradient inversion solves."""
-
-    input_shape = (1, 8, 8)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.head = nn.Conv2d(1, 8, 3, stride=2, padding=1), nn.Linear(128, 4)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.head(torch.sigmoid(self.conv(images)).flatten(1))
-
-
-MODEL = f"{__name__}:Small"
-
-
-def moved(model: nn.Module, batches: list[tuple[Tensor, Tensor]], lr: float = LR) -> dict[str, Tensor]:
-    """Plain SGD with torch's own optimizer: weights before minus weights after."""
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    optimizer = torch.optim.SGD(model.parameters(), lr)
-    for images, labels in batches:
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(images), labels).backward()
-        optimizer.step()
-    after = {name: value.clone() for name, value in model.state_dict().items()}
-    model.load_state_dict(before)
-    return {name: before[name] - after[name] for name in before}
-
-
-def record(
-    folder: Path, model: nn.Module, updates: dict[str, dict[str, Tensor]], examples: dict[str, Any], **config: Any
-) -> Path:
-    """A transcript of one round, written file by file."""
-    place = folder / round_folder(1)
-    place.mkdir(parents=True)
-    (folder / "transcript.json").write_bytes(as_json({"kind": "keyhole transcript", "version": 1}))
-    files = {"weights.safetensors": tensors_as_bytes(model.state_dict())}
-    files |= {client_file(client): tensors_as_bytes(update) for client, update in updates.items()}
-    for name, data in files.items():
-        (place / name).write_bytes(data)
-    clients = [
-        {"client": c, "weights": "weights.safetensors", "update": client_file(c), "examples": n, "config": config}
-        for c, n in examples.items()
-    ]
-    told = {"round": 1, "clients": clients, "files": {name: len(data) for name, data in files.items()}}
-    (place / "round.json").write_bytes(as_json(told))
-    return folder
-
-
-def keep(folder: Path, client: str, images: Tensor, labels: Tensor) -> Path:
-    (folder / round_folder(1)).mkdir(parents=True, exist_ok=True)
-    content = tensors_as_bytes({"inputs": images, "labels": labels})
-    (folder / round_folder(1) / client_file(client)).write_bytes(content)
-    return folder
 
 
 @pytest.fixture
@@ -167,6 +108,42 @@ def test_several_steps_are_taken_for_what_they_are(tmp_path: Path, model: Small)
     assert finding.training.steps == 4 and finding.training.rule.order == "shuffled"
     assert finding.verdict != "likely recoverable"
     assert len(finding.attempts[0].guesses) == 4
+
+
+@pytest.mark.parametrize(
+    ("count", "batch", "epochs", "known", "expected"),
+    [
+        (1, 1, 1, {}, (1, 1, 1)),
+        (1, 1, 3, {}, (3, 1, 3)),
+        (2, 1, 1, {"epochs": 1}, (2, 1, 1)),
+        (2, 1, 2, {"batch-size": 1}, (4, 1, 2)),
+        (2, 2, 2, {}, (2, 2, 2)),
+    ],
+)
+def test_steps_are_estimated_where_the_learning_rate_is_known_and_they_are_not(
+    tmp_path: Path, model: Small, count: int, batch: int, epochs: int, known: dict[str, int], expected: tuple[int, ...]
+) -> None:
+    """Steps, batch size and epochs of a client that says none of them, or one."""
+    images = torch.rand(count, 1, 8, 8, generator=torch.Generator().manual_seed(5))
+    parts = list(zip(images.split(batch), torch.tensor([0, 1])[:count].split(batch), strict=True))
+    update = moved(model, parts * epochs, lr=0.005)
+    folder = record(tmp_path / "t", model, {"7": update}, {"7": count}, lr=0.005, **known)
+    found = audit_transcript(folder, MODEL, changes=('attacks=[{name="idlg",steps=2}]',)).found[0].training
+    assert (found.steps, found.rule.batch_size, found.rule.epochs) == expected
+    assert any("estimated from the last layer's length" in word for word in found.words) == (expected[0] > 1)
+    given = audit_transcript(folder, MODEL, changes=('attacks=[{name="idlg",steps=2}]', "epochs=1", "batch_size=2"))
+    assert given.found[0].training.steps == 1
+    # Noise is not taken for length.
+    update |= {"head.bias": update["head.bias"] + torch.tensor([0.01, 0.02, -0.005, 0.01])}
+    noised = record(tmp_path / "noised", model, {"7": update}, {"7": count}, lr=0.005)
+    words = audit_transcript(noised, MODEL, changes=('attacks=[{name="idlg",steps=2}]',)).found[0].training.words
+    assert "one epoch, which is an assumption (set it with --set epochs=...)" in words
+    # A network that prefers a class says nothing of it, and then one step is assumed.
+    with torch.no_grad():
+        model.head.bias[0] += 2.0
+    sure = record(tmp_path / "sure", model, {"7": moved(model, parts * epochs, lr=0.005)}, {"7": count}, lr=0.005)
+    words = audit_transcript(sure, MODEL, changes=('attacks=[{name="idlg",steps=2}]',)).found[0].training.words
+    assert "one epoch, which is an assumption (set it with --set epochs=...)" in words
 
 
 def test_an_attacker_who_knows_the_defense_tries_its_counters(
@@ -266,7 +243,7 @@ def test_a_client_of_whom_nonsense_is_recorded_keeps_no_other_from_being_audited
     assert missing.startswith("round 1, client 7: ") and said in missing
     write_recorded(findings, tmp_path / "out")
     assert f"Not attacked: {missing[:40]}" in (tmp_path / "out" / "report.md").read_text()
-    with pytest.raises((DataError, ConfigError), match="can be attacked|no recorded update"):
+    with pytest.raises((DataError, ConfigError), match="can be attacked|no update of a complete round"):
         audit_transcript(folder, MODEL, changes=(quick, 'clients=["7"]'))
 
 

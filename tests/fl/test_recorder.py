@@ -344,8 +344,11 @@ def test_a_transcript_with_nan(transcript: Path, name: str) -> None:
     tensors = load((place / name).read_bytes())
     tensors["4.bias"][1] = float("nan")
     resized(place, name, save(tensors))
+    found = read_transcript(transcript, make_model())
+    assert found.missing and all("'4.bias' holds NaN" in said for said in found.missing)
+    assert {(1, "1001"), (2, "1001")} - {(one.round, one.client) for one in found.updates} == {(1, "1001")}
     with pytest.raises(DataError, match="'4.bias' holds NaN"):
-        read_transcript(transcript, make_model())
+        read_transcript(transcript, make_model(), rounds=[1], clients=["1001"])
 
 
 class Bomb:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,14 @@ from torch import Tensor, nn
 import keyhole.experiment.spec  # noqa: F401  (fills the registries)
 from keyhole.core.attack import Attack
 from keyhole.core.defense import Counter, chain
+from keyhole.core.modes import drop_layers, norm_layers
 from keyhole.core.registry import ATTACKS, DEFENSES
 from keyhole.core.task import Bounds, Task
 from keyhole.errors import ConfigError, DataError, Refused
 from keyhole.experiment.feasibility import Reason, Verdict
 from keyhole.experiment.options import method
-from keyhole.experiment.recorded_attack import Attempt, attempt
+from keyhole.experiment.recorded_attack import Attempt, attempt, explained_up_to
+from keyhole.experiment.recorded_batchnorm import statistics_of
 from keyhole.experiment.recorded_prediction import predict
 from keyhole.experiment.recorded_training import Known, Training, known_from, training_of
 from keyhole.experiment.setup import SMALLEST
@@ -59,6 +61,10 @@ class Findings:
     """Clients whose update is missing or cannot be attacked, and why."""
     found: tuple[Finding, ...]
     known: Known
+    gaps: tuple[int, ...] = ()
+    """Rounds before the last one that are not in the transcript."""
+    unscored: tuple[str, ...] = ()
+    """Attacked updates for which the folder of secrets has nothing."""
 
 
 def audit_transcript(folder: Path, model: str, secrets: Path | None = None, changes: tuple[str, ...] = ()) -> Findings:
@@ -75,34 +81,40 @@ def audit_transcript(folder: Path, model: str, secrets: Path | None = None, chan
         raise DataError(f"there is no folder of secrets '{secrets}'.")
     shape = tuple(known.shape or ())
     network = build_model(model, input_shape=shape, num_classes=known.classes or 0, options={}, seed=known.seed)
-    transcript = read_transcript(folder, network)
+    if known.sum and known.clients is not None:
+        raise ConfigError("sum=true is the sum over all clients of a round; leave out clients.")
+    transcript = read_transcript(folder, network, known.rounds, known.clients)
     task = _task(network, known)
-    chosen = [
-        one
-        for one in transcript.updates
-        if (known.rounds is None or one.round in known.rounds)
-        and (known.clients is None or one.client in known.clients)
-    ]
-    if not chosen:
-        raise ConfigError("no recorded update has a round and client that rounds and clients accept.")
-    members = [[one] for one in chosen]
-    if known.sum:
-        members = [[one for one in chosen if one.round == number] for number in dict.fromkeys(o.round for o in chosen)]
-    found: list[Finding] = []
     missing = list(transcript.missing)
-    for parts in members:
-        if len(found) == known.most:
+    planned: list[tuple[Recorded, Training, Secret | None]] = []
+    for parts in _views(transcript.updates, known.sum):
+        if len(planned) == known.most:
             break
-        one = summed(parts) if known.sum else parts[0]
         try:
+            if known.sum and parts[0].round in transcript.unread:
+                raise Refused("an update is in it that cannot be read, so that it is not known.")
+            one = summed(parts)
             training = training_of(task, one, known)
         except Refused as error:
-            missing.append(f"round {one.round}, client {one.client}: {error}")
+            name = f"sum of {len(parts)} clients" if known.sum else f"client {parts[0].client}"
+            missing.append(f"round {parts[0].round}, {name}: {error}")
             continue
-        found.append(_finding(task, one, training, parts, known, secrets))
-    if not found:
+        # All of them before the first attack, which takes long.
+        planned.append((one, training, None if secrets is None else _secrets(task, secrets, parts)))
+    if not planned:
         raise DataError(f"no recorded update can be attacked: {missing[-1]}")
-    return Findings(folder, model, transcript.about, len(transcript.updates), tuple(missing), tuple(found), known)
+    found = tuple(_finding(network, task, *one, known) for one in planned)
+    unscored = () if secrets is None else tuple(one.name for one, _, secret in planned if secret is None)
+    return Findings(
+        folder, model, transcript.about, transcript.recorded, tuple(missing), found, known, transcript.gaps, unscored
+    )
+
+
+def _views(updates: tuple[Recorded, ...], together: bool) -> list[list[Recorded]]:
+    """What the server sees at once: each update by itself, or all of a round."""
+    if not together:
+        return [[one] for one in updates]
+    return [[one for one in updates if one.round == number] for number in dict.fromkeys(one.round for one in updates)]
 
 
 def _task(network: nn.Module, known: Known) -> Task:
@@ -116,6 +128,14 @@ def _task(network: nn.Module, known: Known) -> Task:
     if classes is None:
         linear = [module for module in network.modules() if isinstance(module, nn.Linear)]
         classes = linear[-1].out_features if linear else 0
+    if known.batchnorm is None and norm_layers(network):
+        raise ConfigError(
+            "the model has BatchNorm layers; say how clients ran them with --set batchnorm=train_shared (with the "
+            "batch's statistics, and running statistics come back), batchnorm=train_hidden (they do not) or "
+            "batchnorm=eval (with running statistics)."
+        )
+    if known.dropout is None and drop_layers(network):
+        raise ConfigError("the model has dropout; say how clients ran it with --set dropout=off or dropout=active.")
     bounds = Bounds.of(tuple(known.mean or [0.0] * shape[0]), tuple(known.std or [1.0] * shape[0]))
     if bounds.mean.shape[0] != shape[0]:
         raise ConfigError(f"mean and std need {shape[0]} numbers, one for each channel.")
@@ -123,20 +143,31 @@ def _task(network: nn.Module, known: Known) -> Task:
 
 
 def summed(parts: list[Recorded]) -> Recorded:
-    """What secure aggregation leaves of a round: the mean over clients, weighted by their images, and their number."""
+    """What secure aggregation leaves of a round: the mean over clients, weighted by their images, and their number.
+
+    Raises:
+        Refused: the clients were sent different weights, so that nothing explains the mean as steps from one place.
+    """
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    if any(not torch.equal(one.weights.params[n], v) for one in parts for n, v in first.weights.params.items()):
+        raise Refused("its clients were sent different weights, and a sum over them has no one start.")
     counts = [one.examples or 1 for one in parts]
     total = sum(counts)
-    first = parts[0]
     update = {
         name: torch.stack([one.update[name] * (n / total) for one, n in zip(parts, counts, strict=True)]).sum(0)
         for name in first.update
     }
+    moved = {name: value for one in parts for name, value in one.moved.items() if bool(value.any())}
     examples = total if all(one.examples for one in parts) else None
-    return Recorded(first.round, f"sum of {len(parts)}", first.weights, update, examples, first.config)
+    return Recorded(
+        first.round, f"sum of {len(parts)}", first.weights, update, examples, first.config, moved, tuple(parts)
+    )
 
 
 def _finding(
-    task: Task, one: Recorded, training: Training, parts: list[Recorded], known: Known, secrets: Path | None
+    network: nn.Module, task: Task, one: Recorded, training: Training, secret: Secret | None, known: Known
 ) -> Finding:
     attacks = [method(ATTACKS, raw, "attack") for raw in known.attacks or (ONE_STEP if training.steps == 1 else STEPS)]
     built: list[tuple[str, Attack]] = [(spec.name, ATTACKS.build(spec.name, **spec.asdict())) for spec in attacks]
@@ -147,10 +178,18 @@ def _finding(
     links = [method(DEFENSES, raw, "defense") for raw in known.defense]
     defense = chain(*(DEFENSES.build(spec.name, **spec.asdict()) for spec in links))
     counters = [Counter(), *defense.counters()] if links else [Counter()]
-    verdict, reasons = predict(task, one, training, [attack for _, attack in built])
-    secret = _secrets(secrets, parts) if secrets is not None else None
+    if one.parts and links:
+        words = "counters of the defense are made for one client's update, and tried on the sum as they are"
+        training = replace(training, words=(*training.words, words))
+    statistics, words = statistics_of(network, task, one, training)
+    one = replace(one, statistics=statistics)
+    training = replace(training, words=(*training.words, *filter(None, [words])))
+    verdict, reasons = predict(task, one, training, [attack for _, attack in built], [spec.name for spec in links])
     attempts = tuple(
-        attempt(task, one, training, name, attack, counter, known.seed, secret)
+        replace(
+            attempt(task, one, training, name, attack, counter, known.seed, secret),
+            explained_up_to=explained_up_to(task, one, training, counter, defense if links else None),
+        )
         for name, attack in built
         for counter in counters
     )
@@ -158,9 +197,23 @@ def _finding(
     return Finding(one, training, verdict, reasons, attempts, truth)
 
 
-def _secrets(folder: Path, parts: list[Recorded]) -> Secret | None:
+OUTSIDE = 1e-3
+"""How far pixels of secrets may lie outside [0, 1], as normalising and taking it back rounds."""
+
+
+def _secrets(task: Task, folder: Path, parts: list[Recorded]) -> Secret | None:
     found = [read_secret(folder, one.round, one.client) for one in parts]
     kept = [one for one in found if one is not None]
     if len(kept) != len(found):
         return None
-    return Secret(torch.cat([one.inputs for one in kept]), torch.cat([one.labels for one in kept]))
+    secret = Secret(torch.cat([one.inputs for one in kept]), torch.cat([one.labels for one in kept]))
+    if secret.inputs.shape[1:] == task.input_shape:  # others are refused when they are compared
+        pixels = secret.inputs.float() * task.bounds.std + task.bounds.mean
+        low, high = float(pixels.min()), float(pixels.max())
+        if low < -OUTSIDE or high > 1.0 + OUTSIDE:
+            raise DataError(
+                f"the secrets of round {parts[0].round}, client {parts[0].client} are no pixels in [0, 1], but from "
+                f"{low:.3g} to {high:.3g}: say how they were normalised with --set mean=[0.5] and --set std=[0.5], for "
+                "example."
+            )
+    return secret

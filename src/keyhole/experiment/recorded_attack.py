@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from keyhole.core.attack import Attack, IterativeAttack
 from keyhole.core.belief import Belief, Simulated
-from keyhole.core.defense import Counter
+from keyhole.core.defense import Counter, Defense
 from keyhole.core.keys import fold_in, new_key, normal
 from keyhole.core.registry import BELIEFS, METRICS
 from keyhole.core.task import Task
 from keyhole.core.threat import ThreatModel
-from keyhole.core.types import Observation
+from keyhole.core.types import Field, Observation
 from keyhole.errors import DataError, Refused
 from keyhole.experiment.controls import noise_update
 from keyhole.experiment.recorded_training import Training
@@ -31,6 +31,17 @@ SECOND = (
     "its images are from explaining the update was not measured."
 )
 """What is said of a counter with a second attack."""
+
+
+SOLVED = 1e-3
+"""Score up to which an attack explains an update that nothing was added to."""
+
+MOSTLY_NOISE = 0.1
+"""Share of noise in an update's square from which on scores do not tell right images from wrong ones: the score of
+both is mostly noise."""
+
+DEVIATIONS = 3.0
+"""How many standard deviations above what is expected the true images may score."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +62,18 @@ class Attempt:
     """For each secret image; empty without secrets."""
     control: dict[str, list[float]] = field(default_factory=dict)
     """The same for the same attack on noise of the same size."""
+    explained_up_to: float | None = None
+    """Score up to which the update counts as explained, as the true images would score about that; `None` where their
+    score is not known."""
+
+    @property
+    def explains(self) -> bool | None:
+        """Whether what was found would have caused (nearly) the same update; `None` where the score cannot tell."""
+        if math.isnan(self.score):
+            return None
+        if self.score <= SOLVED:
+            return True
+        return None if self.explained_up_to is None else self.score <= self.explained_up_to
 
 
 def attempt(
@@ -92,6 +115,35 @@ def attempt(
     return Attempt(name, attacker, solved.status, score, guesses, labels, solved.evaluations, detail, metrics, control)
 
 
+def explained_up_to(
+    task: Task, one: Recorded, training: Training, counter: Counter, defense: Defense | None
+) -> float | None:
+    """Score that the true images would have, about; `None` where that is not known.
+
+    Args:
+        task: what is trained.
+        one: the update.
+        training: how it was made.
+        counter: of the attacker.
+        defense: what is known to act on the update; `None` where nothing is.
+    """
+    mixed = bool(one.parts) and task.batchnorm not in (None, "eval")
+    if training.steps > 1 or task.draws or mixed:
+        return None  # attacks only come near to how such an update was made
+    if defense is None:
+        return SOLVED
+    if one.parts or counter.name == "naive":
+        return None
+    if counter.truth_stays(1, 1):
+        return SOLVED
+    if counter.truth_loss != "law" or not training.scale_known:
+        return None
+    # A law is of what the defense acts on: the gradient, or the update, which is the gradient times the learning rate.
+    scale = training.rule.lr if type(defense).on_gradient is not Defense.on_gradient else 1.0
+    mean, deviation = counter.expected_truth_loss({name: value / scale for name, value in one.update.items()})
+    return SOLVED + mean + DEVIATIONS * deviation if mean <= MOSTLY_NOISE else None
+
+
 def _scored(task: Task, guesses: Tensor, secret: Secret) -> tuple[Tensor, dict[str, list[float]]]:
     truth = task.bounds.to_pixels(secret.inputs.float())
     if truth.shape[1:] != guesses.shape[1:] or len(truth) > len(guesses):
@@ -110,7 +162,9 @@ def _solved(
     belief: Belief = Simulated(training.rule)
     if training.steps > 1:
         belief = BELIEFS.build("straight_line", rule=training.rule)
-    threat = ThreatModel(training.rule, belief, training.images, counter=counter.told(training.images))
+    statistics: frozenset[Field] = frozenset(() if seen[0].statistics is None else ("statistics",))
+    sees = frozenset[Field]({"weights", "update"}) | statistics
+    threat = ThreatModel(training.rule, belief, training.images, sees, counter.told(training.images))
     missing = (attack.needs | counter.needs) - threat.sees
     if missing:
         raise Refused(f"it needs {', '.join(sorted(missing))}, which a transcript does not hold.")

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from keyhole.core.attack import Attack
-from keyhole.core.keys import new_key, normal
-from keyhole.core.task import Task
+from keyhole.core.keys import new_key, normal, uniform
+from keyhole.core.task import Task, plain_gradient
 from keyhole.core.tensors import flatten
-from keyhole.core.types import Tensors
-from keyhole.experiment.feasibility import MANY, Reason, Verdict, about_update, conclude
+from keyhole.core.types import Batch, Tensors
+from keyhole.experiment.feasibility import MANY, SILENT, Reason, Verdict, about_update, conclude
 from keyhole.experiment.probe import (
     MOST_WORK,
     Facts,
@@ -26,14 +26,25 @@ from keyhole.experiment.probe import reads_image as reads_it
 from keyhole.experiment.recorded_training import Training
 from keyhole.experiment.transcript import Recorded
 
+FILLED = 0.1
+"""Something was added to an update if it has less than this share of the zeros that the network leaves."""
 
-def predict(task: Task, one: Recorded, training: Training, attacks: list[Attack]) -> tuple[Verdict, tuple[Reason, ...]]:
-    """As a dry run does, from the recorded update in place of a simulated one."""
-    reasons = tuple(_reasons(task, one, training, attacks))
+
+def predict(
+    task: Task, one: Recorded, training: Training, attacks: list[Attack], defenses: list[str]
+) -> tuple[Verdict, tuple[Reason, ...]]:
+    """As a dry run does, from the recorded update in place of a simulated one.
+
+    Noise fills what is silent, which must not make an update look richer than it is: where a defense is known, or
+    zeros are missing, silent entries and ranks are those of images of noise at the weights sent, if these have more.
+    """
+    reasons = tuple(_reasons(task, one, training, attacks, defenses))
     return conclude(reasons), reasons
 
 
-def _reasons(task: Task, one: Recorded, training: Training, attacks: list[Attack]) -> Iterator[Reason]:
+def _reasons(
+    task: Task, one: Recorded, training: Training, attacks: list[Attack], defenses: list[str]
+) -> Iterator[Reason]:
     flat = flatten(one.update)
     batch = task.bounds.from_pixels(
         (0.5 + 0.1 * normal(new_key(1), (training.images, *task.input_shape))).clamp(0.0, 1.0)
@@ -54,13 +65,22 @@ def _reasons(task: Task, one: Recorded, training: Training, attacks: list[Attack
             return flatten(torch.func.grad(loss)(params))
 
         pinned = estimate_pinned(send, task.bounds.to_pixels(batch), precision)
+    nonzero, ranks = int((flat != 0).sum()), linear_ranks(task, one.update)
+    clean = _clean(task, one, training)
+    left = int((flatten(clean) != 0).sum())
+    silent = flat.numel() - left
+    filled = bool(kinks) and training.steps == 1 and silent >= SILENT * flat.numel()
+    filled = filled and flat.numel() - nonzero < FILLED * silent
+    if defenses or filled:
+        nonzero = min(nonzero, left)
+        ranks = {name: min(rank, ranks[name]) for name, rank in linear_ranks(task, clean).items()}
     facts = Facts(
         images=training.images,
         unknowns=batch.numel(),
         equations=flat.numel(),
-        nonzero=int((flat != 0).sum()),
+        nonzero=nonzero,
         dead=dead_units(one.update),
-        ranks=linear_ranks(task, one.update),
+        ranks=ranks,
         norm=float(flat.norm()),
         steps=training.steps,
         drift=0.0,
@@ -75,6 +95,18 @@ def _reasons(task: Task, one: Recorded, training: Training, attacks: list[Attack
         drops=bool(task.drops),
     )
     yield from about_update(facts)
+    if defenses:
+        yield Reason(
+            "hinders",
+            f"The clients use {' and '.join(defenses)}: the rest of this prediction is of the update without it, as "
+            "far as that can be told.",
+        )
+    elif filled:
+        yield Reason(
+            "hinders",
+            f"The network leaves {100 * silent / flat.numel():.0f} % of an update at 0 for images of noise, but hardly "
+            "anything is 0 here: something was added, such as noise or weight decay.",
+        )
     if training.images >= MANY:
         yield Reason("hinders", f"One update mixes {training.images} images.")
     if training.steps > 1:
@@ -83,3 +115,11 @@ def _reasons(task: Task, one: Recorded, training: Training, attacks: list[Attack
         yield Reason("hinders", "BatchNorm uses the batch's own statistics: every image acts on all others.")
     if task.drops:
         yield Reason("hinders", "Dropout is active, and the attacker must find its masks too.")
+
+
+def _clean(task: Task, one: Recorded, training: Training) -> Tensors:
+    """One gradient of images of noise at the weights sent, which nothing was added to."""
+    images = training.images
+    inputs = task.bounds.from_pixels(uniform(new_key(2), (images, *task.input_shape)))
+    targets = nn.functional.one_hot(torch.arange(images) % task.num_classes, task.num_classes).float()
+    return plain_gradient(task)(one.weights, Batch(inputs, targets, torch.full((images,), 1.0 / images)), new_key(3))

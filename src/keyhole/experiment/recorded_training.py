@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -45,9 +45,9 @@ class Known(BaseModel):
     epochs: int | None = Field(default=None, ge=1)
     batch_size: int | None = Field(default=None, ge=1)
     images: int | None = Field(default=None, ge=1)
-    """Behind one update, where clients do not say it."""
+    """Behind one update, or behind the sum, where clients do not say it."""
     sum: bool = False
-    """Only the sum over a round's clients is seen, as under secure aggregation."""
+    """Only the sum over all clients of a round is seen, as under secure aggregation."""
     rounds: list[int] | None = None
     clients: list[str] | None = None
     most: int = Field(default=4, ge=1)
@@ -65,6 +65,7 @@ class Training:
     rule: LocalSGD
     images: int
     steps: int
+    """Of a client; behind a sum those of the client that takes most."""
     scale_known: bool
     """Whether the learning rate is known, so that lengths of updates can be compared."""
     words: tuple[str, ...]
@@ -85,67 +86,186 @@ def known_from(changes: tuple[str, ...]) -> Known:
         raise ConfigError(sentence(error, "--set")) from error
 
 
+@dataclass(frozen=True)
+class _Client:
+    """How one client trained."""
+
+    images: int
+    lr: float | None
+    epochs: int | None
+    batch: int | None
+    """`None` where nothing says it: one epoch, and all images in one batch."""
+    words: tuple[str, ...]
+    """Where this is from."""
+
+    @property
+    def rule(self) -> LocalSGD:
+        """With a learning rate of 1 where it is not known."""
+        batch = self.images if self.batch is None else min(self.batch, self.images)
+        order = "shuffled" if (self.epochs or 1) * -(-self.images // batch) > 1 else "fixed"
+        return LocalSGD(self.epochs or 1, self.lr or 1.0, batch, order)  # type: ignore[arg-type]
+
+    @property
+    def steps(self) -> int:
+        return self.rule.steps(self.images)
+
+    @property
+    def assumed(self) -> list[str]:
+        """What of it is assumed, in words."""
+        words = []
+        if self.batch is None and self.images > 1:
+            words.append("all images in one batch, which is an assumption (set it with --set batch_size=...)")
+        if self.epochs is None:
+            words.append("one epoch, which is an assumption (set it with --set epochs=...)")
+        return words
+
+
 def training_of(task: Task, one: Recorded, known: Known) -> Training:
     """What of it is known, and from where.
 
+    A mean over clients of one step each, weighted by their images, is one step on all images; over clients of several
+    steps it is taken for as many steps on all images.
+
     Raises:
-        Refused: what was recorded cannot be, or is too much to attack.
+        Refused: what was recorded cannot be, is too much to attack, or is of clients too different for one sum.
     """
-    words: list[str] = []
-
-    def find(name: str, given: Any, keys: tuple[str, ...], counted: bool = True) -> float | None:
-        if given is not None:
-            words.append(f"{name} {given:g}, as given")
-            return float(given)
-        told = next((one.config[key] for key in keys if isinstance(one.config.get(key), int | float)), None)
-        if told is None:
-            return None
-        if not (whole(told) if counted else 0 < told < 1e9):
-            raise Refused(f"the recorded config has {name} {told!r}, which cannot be; say it with --set.")
-        words.append(f"{name} {told:g}, from the recorded config")
-        return float(told)
-
-    images = known.images or one.examples
-    words.append(
-        "one image, which is an assumption: the client does not say"
-        if images is None
-        else f"{images} image{'s' * (images != 1)}, {'as given' if known.images else 'as the client says'}"
-    )
-    images = images or 1
-    lr, epochs = find("learning rate", known.lr, _LR, counted=False), find("epochs", known.epochs, _EPOCHS)
-    size = find("batch size", known.batch_size, _BATCH)
-    batch = images if size is None else min(int(size), images)
-    if size is None and images > 1:
-        words.append("all images in one step, which is an assumption")
-    if epochs is None:
-        words.append("one epoch, which is an assumption")
-    rounds = int(epochs or 1)
-    steps = rounds * -(-images // batch)
+    parts = one.parts or (one,)
+    counts, words = _images(parts, known)
+    clients = [_client(part, count, known) for part, count in zip(parts, counts, strict=True)]
+    if not one.parts and not known.defense:
+        clients = [_as_long(task, one, clients[0])]
+    images, steps = sum(counts), max(client.steps for client in clients)
+    words += dict.fromkeys(word for client in clients for word in (*client.words, *client.assumed))
     if max(images, steps) > MOST:
         raise Refused(f"{images} images and {steps} steps are behind the update; up to {MOST} of each are attacked.")
-    estimate = None
+    if len({client.lr for client in clients}) > 1:
+        raise Refused("its clients were told different learning rates; say which one to assume with --set lr=0.1.")
+    # As the server weighs the clients.
+    weights = [part.examples or 1 for part in parts]
+    mean = sum(n * client.steps for n, client in zip(weights, clients, strict=True)) / sum(weights)
+    if one.parts:
+        least = min(client.steps for client in clients)
+        words.append(f"{least if least == steps else f'{least} to {steps}'} local step{'s' * (steps > 1)} a client")
+    if mean < steps:
+        words.append("images of all clients weighed alike, which is an assumption")
+    lr, estimate = clients[0].lr, None
     if lr is None:
-        estimate = _estimate(task, one, steps)
+        length, _ = _length(task, one)
+        estimate = None if length is None else length / mean
         words.append(
             "learning rate unknown: only the update's direction is matched"
             if estimate is None
             else f"learning rate unknown, estimated at {estimate:.2g} from the last layer; only the update's direction "
             "is matched"
         )
-    rule = LocalSGD(rounds, lr or estimate or 1.0, batch, "shuffled" if steps > 1 else "fixed")
+    rate = lr or estimate or 1.0
+    rule = replace(clients[0].rule, lr=rate)
+    if one.parts:
+        # Every step of the mean is one on all images.
+        rule = LocalSGD(
+            steps, rate * mean / steps if mean < steps else rate, images, "fixed" if steps == 1 else "shuffled"
+        )
     return Training(rule, images, steps, lr is not None, tuple(words))
 
 
-def _estimate(task: Task, one: Recorded, steps: int) -> float | None:
-    """The learning rate from the last layer's bias: a class without images gets ``lr steps p`` there.
+def _images(parts: tuple[Recorded, ...], known: Known) -> tuple[list[int], list[str]]:
+    """Each client's images, and where their number is from."""
+    several = len(parts) > 1
+    if known.images is not None:
+        if known.images < len(parts):
+            raise Refused(f"{len(parts)} clients have at least as many images, not {known.images}.")
+        share, more = divmod(known.images, len(parts))
+        counts, source = [share + (place < more) for place in range(len(parts))], "as given"
+    else:
+        counts = [part.examples or 1 for part in parts]
+        silent = sum(part.examples is None for part in parts)
+        source = "as the clients say" if several else "as the client says"
+        if silent:
+            who = f"{silent} of the clients do" if several else "the client does"
+            source = f"assuming one where {who} not say (set it with --set images=...)"
+    total = sum(counts)
+    behind = f" of {len(parts)} clients" if several else ""
+    return counts, [f"{total} image{'s' * (total != 1)}{behind}, {source}"]
 
-    The probabilities p are those of noise at the weights sent. Too small where all classes have images.
+
+def _client(part: Recorded, images: int, known: Known) -> _Client:
+    words: list[str] = []
+
+    def find(name: str, given: Any, keys: tuple[str, ...], counted: bool = True) -> float | None:
+        if given is not None:
+            words.append(f"{name} {given:g}, as given")
+            return float(given)
+        told = next((part.config[key] for key in keys if part.config.get(key) is not None), None)
+        if told is None:
+            return None
+        number = _number(told)
+        if number is None or not (whole(number) if counted else 0 < number < 1e9):
+            raise Refused(f"the recorded config has {name} {told!r}, which cannot be; say it with --set.")
+        words.append(f"{name} {number:g}, from the recorded config")
+        return float(number)
+
+    lr, epochs = find("learning rate", known.lr, _LR, counted=False), find("epochs", known.epochs, _EPOCHS)
+    size = find("batch size", known.batch_size, _BATCH)
+    return _Client(
+        images, lr, None if epochs is None else int(epochs), None if size is None else int(size), tuple(words)
+    )
+
+
+def _as_long(task: Task, one: Recorded, client: _Client) -> _Client:
+    """The client with more steps than would be assumed, where the length of its update tells of them.
+
+    That needs the learning rate, a class without images, and a network that hardly prefers a class yet: on others the
+    length says nothing. Long training is not seen in full: as classes without images get unlikely, steps get shorter.
+    """
+    told = client.epochs is not None and (client.batch is not None or client.images == 1)
+    if told or client.lr is None or client.images >= task.num_classes:
+        return client
+    length, usable = _length(task, one)
+    if length is None or not usable:
+        return client
+    steps = round(min(length / client.lr, MOST))
+    if steps <= client.steps:
+        return client
+    if client.epochs is None:
+        found = replace(client, epochs=max(1, round(steps / client.steps)))
+    else:
+        found = replace(client, batch=-(-client.images // max(1, round(steps / client.epochs))))
+    words = f"{found.steps} steps or more, estimated from the last layer's length (set epochs and batch_size if known)"
+    return replace(found, words=(*client.words, words))
+
+
+def _number(told: Any) -> int | float | None:
+    """A number, or one written as text; `None` for anything else."""
+    if isinstance(told, str):
+        try:
+            return float(told)
+        except ValueError:
+            return None
+    return told if isinstance(told, int | float) and not isinstance(told, bool) else None
+
+
+EVEN = 1.5
+"""How many times as likely as in a draw a class may be for images of noise, where the network hardly prefers any."""
+
+ADDED = 0.05
+"""Sum of the last layer's bias over the classes, as a share of what rose, from which on something was added to it."""
+
+
+def _length(task: Task, one: Recorded) -> tuple[float | None, bool]:
+    """Learning rate times steps, from the last layer's bias: a class without images gets ``lr steps p`` there.
+
+    The probabilities p are those of noise at the weights sent. Too small where all classes have images. Also says
+    whether nothing was added, and the network is so even that p is that of other images too.
     """
     head = head_of(task, one.update, "the learning rate's estimate")
     if head.bias is None:
-        return None
+        return None, False
     noise = normal(new_key(0), (16, *task.input_shape))
     p = torch.softmax(task.logits(one.weights, noise), -1).mean(0)
     rising = head.bias > 0
-    found = float((head.bias * rising).sum() / (p * rising).sum().clamp(min=1e-12)) / steps
-    return found if math.isfinite(found) and found > 0 else None
+    risen = (head.bias * rising).sum()
+    found = float(risen / (p * rising).sum().clamp(min=1e-12))
+    # Softmax sums to what labels do, so that nothing but what was added leaves a sum over the classes.
+    pure = float(head.bias.sum().abs()) <= ADDED * float(risen)
+    usable = pure and float(p.max()) * task.num_classes <= EVEN
+    return found if math.isfinite(found) and found > 0 else None, usable

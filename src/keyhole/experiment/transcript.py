@@ -14,7 +14,8 @@ This file needs no Flower.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from keyhole.core.types import Observation, Tensors, Weights
-from keyhole.errors import DataError, cause
+from keyhole.errors import ConfigError, DataError, cause
 
 KIND = "keyhole transcript"
 VERSION = 1
@@ -66,11 +67,22 @@ class Recorded:
     """How many images the client says it trained on, at least 1."""
     config: dict[str, Any]
     """What the server told it, such as a learning rate."""
+    moved: Tensors = field(default_factory=dict)
+    """Buffers, such as BatchNorm's running statistics: sent minus returned, of those that came back."""
+    parts: tuple[Recorded, ...] = ()
+    """Whose mean it is, as secure aggregation shows it; empty for a client's own update."""
+    statistics: Tensors | None = None
+    """Mean and variance of each BatchNorm layer's input over the batch, where they were worked out."""
 
     @property
     def observation(self) -> Observation:
         """What an attacker at the server sees."""
-        return Observation(weights=self.weights, update=self.update)
+        return Observation(weights=self.weights, update=self.update, statistics=self.statistics)
+
+    @property
+    def name(self) -> str:
+        """Whose update it is, in words."""
+        return f"round {self.round}, " + (f"{self.client} clients" if self.parts else f"client {self.client}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +94,21 @@ class Transcript:
     updates: tuple[Recorded, ...]
     """By round, then by client."""
     missing: tuple[str, ...]
-    """Clients without an update, and why."""
+    """Clients without an update that can be read, and why."""
+    recorded: int = 0
+    """Updates that were recorded, read or not."""
+    unread: frozenset[int] = frozenset()
+    """Rounds in which an update came that cannot be read, so that the round's sum is not known."""
+    gaps: tuple[int, ...] = ()
+    """Rounds before the last one that are not there."""
+
+
+class NotFinite(DataError):
+    """A file holds NaN or infinity."""
+
+
+class Partial(DataError):
+    """A client returned only some of the arrays that it was sent."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,15 +121,23 @@ class Secret:
     """int64 (n,)."""
 
 
-def read_transcript(folder: Path, model: nn.Module) -> Transcript:
+def read_transcript(
+    folder: Path,
+    model: nn.Module,
+    rounds: Collection[int] | None = None,
+    clients: Collection[str] | None = None,
+) -> Transcript:
     """Read and check a transcript.
 
     Args:
         folder: what `keyhole.fl.Recorder` wrote.
         model: what was trained, for names and shapes.
+        rounds: those that are read; by default all. Files of others are not even looked at.
+        clients: likewise.
 
     Raises:
-        DataError: it is no transcript, of a newer Keyhole or another model, cut short, or holds NaN or pickles.
+        DataError: it is no transcript, of a newer Keyhole or another model, cut short, holds pickles, or nothing of it
+            is an update to read. Updates with NaN and parts of updates are listed as missing.
     """
     about = _json(folder / TRANSCRIPT, f"'{folder}' is no transcript")
     if about.get("kind") != KIND:
@@ -115,15 +149,31 @@ def read_transcript(folder: Path, model: nn.Module) -> Transcript:
         )
     updates: list[Recorded] = []
     missing: list[str] = []
+    unread: set[int] = set()
+    numbers: set[int] = set()
+    recorded = chosen = 0
     for place in sorted(folder.glob("round-[0-9]*")):
-        if place.is_dir() and place.suffix == "":
-            found, without = _read_round(place, model)
-            updates += found
-            missing += without
+        if not place.is_dir() or place.suffix:
+            continue
+        told, number = _told(place)
+        numbers.add(number)
+        recorded += sum("error" not in one for one in told["clients"])
+        if rounds is not None and number not in rounds:
+            continue
+        wanted = [one for one in told["clients"] if clients is None or str(one.get("client")) in clients]
+        chosen += len(wanted)
+        found, without, whole_round = _read_round(place, number, told, wanted, model)
+        updates += found
+        missing += without
+        if not whole_round:
+            unread.add(number)
+    if recorded and not chosen:
+        raise ConfigError("no recorded update has a round and client that rounds and clients accept.")
     if not updates:
         why = f": {missing[0].splitlines()[0].rstrip('.')}" if missing else ""
         raise DataError(f"transcript '{folder}' holds no update of a complete round{why}.")
-    return Transcript(about, tuple(updates), tuple(missing))
+    gaps = tuple(sorted(set(range(1, max(numbers))) - numbers))
+    return Transcript(about, tuple(updates), tuple(missing), recorded, frozenset(unread), gaps)
 
 
 def read_secret(folder: Path, number: int, client: str) -> Secret | None:
@@ -159,7 +209,7 @@ def read_tensors(path: Path, what: str, size: int | None = None) -> Tensors:
         if tensor.dtype not in _TYPES:
             raise DataError(f"{what} file '{path}': '{name}' is of type {tensor.dtype}, which is not read.")
         if not torch.isfinite(tensor).all():
-            raise DataError(f"{what} file '{path}': '{name}' holds NaN or infinity.")
+            raise NotFinite(f"{what} file '{path}': '{name}' holds NaN or infinity.")
     return tensors
 
 
@@ -175,31 +225,55 @@ def _json(path: Path, what: str) -> dict[str, Any]:
     return found
 
 
-def _read_round(place: Path, model: nn.Module) -> tuple[list[Recorded], list[str]]:
+def _told(place: Path) -> tuple[dict[str, Any], int]:
+    """What a round's list says, and the round's number."""
     told = _json(place / ROUND, f"round '{place}' is cut short")
     try:
-        number, sizes = int(told["round"]), dict(told["files"])
-        clients = [(str(one["client"]), one) for one in told["clients"]]
-        shared: dict[str, Weights] = {}
-        updates, missing = [], []
-        for client, one in clients:
-            examples = one.get("examples")
-            if "error" in one or not (examples is None or whole(examples)):
-                why = one.get("error", f"it says that it trained on {examples!r} images.")
-                missing.append(f"round {number}, client {client}: {why}")
+        clients = told["clients"]
+        if not (isinstance(clients, list) and all(isinstance(one, dict) for one in clients)):
+            raise ValueError("its clients are no list of objects")
+        return told, int(told["round"])
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise DataError(f"'{place / ROUND}' is damaged ({cause(error)}).") from error
+
+
+def _read_round(
+    place: Path, number: int, told: dict[str, Any], wanted: list[dict[str, Any]], model: nn.Module
+) -> tuple[list[Recorded], list[str], bool]:
+    """Updates, clients without one and why, and whether all that came could be read."""
+    shared: dict[str, Weights] = {}
+    updates: list[Recorded] = []
+    missing: list[str] = []
+    complete = True
+    try:
+        sizes = dict(told["files"])
+        for one in wanted:
+            client, examples = str(one["client"]), one.get("examples")
+            if "error" in one:
+                missing.append(f"round {number}, client {client}: {one['error']}")
+                continue
+            if not (examples is None or whole(examples)):
+                missing.append(f"round {number}, client {client}: it says that it trained on {examples!r} images.")
+                complete = False
                 continue
             name = str(one["weights"])
             for used in (name, str(one["update"])):
                 if used not in sizes or "/" in used:
                     raise ValueError(f"'{used}' is not among its files")
-            if name not in shared:
-                shared[name] = _weights(place / name, int(sizes[name]), model)
-            update = _update(place / one["update"], int(sizes[one["update"]]), model)
+            try:
+                if name not in shared:
+                    shared[name] = _weights(place / name, int(sizes[name]), model)
+                update, moved = _update(place / one["update"], int(sizes[one["update"]]), model)
+            except (NotFinite, Partial) as error:
+                missing.append(f"round {number}, client {client}: {error}")
+                complete = False
+                continue
             known = None if examples is None else int(examples)
-            updates.append(Recorded(number, client, shared[name], update, known, dict(one.get("config", {}))))
+            config = dict(one.get("config", {}))
+            updates.append(Recorded(number, client, shared[name], update, known, config, moved))
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
         raise DataError(f"'{place / ROUND}' is damaged ({cause(error)}).") from error
-    return sorted(updates, key=lambda one: one.client), missing
+    return sorted(updates, key=lambda one: one.client), missing, complete
 
 
 def whole(number: Any) -> bool:
@@ -220,15 +294,25 @@ def _weights(path: Path, size: int, model: nn.Module) -> Weights:
     )
 
 
-def _update(path: Path, size: int, model: nn.Module) -> Tensors:
+def _update(path: Path, size: int, model: nn.Module) -> tuple[Tensors, Tensors]:
+    """How far parameters moved, and those buffers that came back."""
     tensors = read_tensors(path, "transcript", size)
     expected = dict(model.named_parameters())
     missing = sorted(set(expected) - set(tensors))
+    if missing and set(tensors) <= set(model.state_dict()):
+        raise Partial(
+            f"it returned only some of the arrays that it was sent ('{missing[0]}' is missing), and a part of an "
+            "update is not attacked; record a run whose clients return the whole model."
+        )
     if missing:
         raise DataError(f"transcript file '{path}' lacks '{missing[0]}'; it is of another model.")
     for name, parameter in expected.items():
         _same_shape(path, name, tensors[name], parameter)
-    return {name: tensors[name].to(parameter.dtype) for name, parameter in expected.items()}
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in tensors and name not in expected}
+    for name, buffer in buffers.items():
+        _same_shape(path, name, tensors[name], buffer)
+    update = {name: tensors[name].to(parameter.dtype) for name, parameter in expected.items()}
+    return update, {name: tensors[name] for name in buffers}
 
 
 def _same_names(path: Path, found: set[str], expected: set[str]) -> None:

@@ -21,9 +21,6 @@ HEAD = ("round", "client", "images", "steps", "prediction", "attack", "attacker"
 PICTURES = 16
 """Images of one attack on the page."""
 
-SOLVED = 1e-3
-"""Own score up to which an attack explains an update: what it found would have caused nearly the same one."""
-
 
 def leaks(attempt: Attempt) -> list[bool]:
     """Of each secret image, whether it leaked: similar enough, and more so than what the attack makes of noise."""
@@ -40,6 +37,8 @@ def as_dict(findings: Findings) -> dict[str, Any]:
         "stopped": findings.about.get("stopped"),
         "recorded": findings.recorded,
         "without_update": list(findings.missing),
+        "missing_rounds": list(findings.gaps),
+        "without_secrets": list(findings.unscored),
         "view": "sum over clients" if findings.known.sum else "each client",
         "updates": [_update(one) for one in findings.found],
     }
@@ -65,7 +64,8 @@ def _attack(one: Attempt) -> dict[str, Any]:
         "status": one.status,
         "detail": one.detail,
         "score": None if math.isnan(one.score) else one.score,
-        "explains_update": bool(one.score <= SOLVED),
+        "explains_update": one.explains,
+        "explained_up_to": one.explained_up_to,
         "evaluations": one.evaluations,
         "labels": list(one.labels),
         "metrics": one.metrics,
@@ -75,19 +75,37 @@ def _attack(one: Attempt) -> dict[str, Any]:
 
 
 def conclusion(findings: Findings) -> str:
-    """The result in a sentence or two."""
+    """The result in a few sentences."""
+    answers = [explains(one) for one in findings.found]
+    explained, unknown = answers.count(True), answers.count(None)
+    judged = len(answers) - unknown
+    said = []
+    if judged:
+        said.append(f"{explained} of {judged} attacked update{'s' * (judged != 1)} explained")
+        said[0] += ": images were found that would have caused (nearly) the same update." if explained else "."
+    if unknown:
+        said.append(
+            f"Of {unknown} attacked update{'s' * (unknown != 1)} the attacks' own score tells nothing: after a defense "
+            "or several steps the true images would not score 0 either, and a refused attack has no score."
+        )
+    if explained < judged:
+        said.append("What is not explained is not safe for that: what was found may still resemble the images.")
     scored = [one for one in findings.found if one.truth is not None]
-    explained = sum(any(a.score <= SOLVED for a in one.attempts) for one in findings.found)
-    count = len(findings.found)
-    first = (
-        f"{explained} of {count} attacked update{'s' * (count != 1)} explained: images were found that would have "
-        "caused (nearly) the same update."
-    )
-    if not scored:
-        return f"{first} Whether they are the private ones only secrets of a test run can tell (--secrets)."
-    worst = [max((sum(leaks(a)) for a in one.attempts), default=0) for one in scored]
-    images = sum(len(one.truth) for one in scored if one.truth is not None)
-    return f"{first} {sum(worst)} of {images} private images leaked to the best attack on each update."
+    if scored:
+        worst = [max((sum(leaks(a)) for a in one.attempts), default=0) for one in scored]
+        images = sum(len(one.truth) for one in scored if one.truth is not None)
+        said.append(f"{sum(worst)} of {images} private images leaked to the best attack on each update.")
+    elif findings.unscored:
+        said.append("Nothing was scored: the folder of secrets has none of these clients and rounds.")
+    else:
+        said.append("What leaked only the secrets of a test run can tell (--secrets).")
+    return " ".join(said)
+
+
+def explains(one: Finding) -> bool | None:
+    """Whether any attack explains the update; `None` where no score can tell."""
+    said = [attempt.explains for attempt in one.attempts]
+    return True if True in said else False if False in said else None
 
 
 def lines(findings: Findings) -> list[tuple[str, ...]]:
@@ -117,21 +135,35 @@ def lines(findings: Findings) -> list[tuple[str, ...]]:
 def remarks(findings: Findings) -> list[str]:
     """What the table does not say: clients without an update, why recording stopped, what attacks say of themselves."""
     said = [f"Not attacked: {text}" for text in findings.missing]
+    if findings.gaps:
+        several = "s" * (len(findings.gaps) > 1)
+        numbers = ", ".join(map(str, findings.gaps))
+        said.append(f"Not in the transcript, though later rounds are: round{several} {numbers}.")
+    said += [f"Not scored: {name}, of which the folder of secrets has nothing." for name in findings.unscored]
     if "stopped" in findings.about:
         said.append(f"Recording stopped early: {findings.about['stopped']}")
     return said + [
-        f"Round {one.update.round}, client {one.update.client}, {attempt.attack}, {attempt.attacker}: {attempt.detail}"
+        f"{_title(one)}, {attempt.attack}, {attempt.attacker}: {attempt.detail}"
         for one in findings.found
         for attempt in one.attempts
         if attempt.detail
     ]
 
 
+def told(findings: Findings) -> list[str]:
+    """How the clients trained, a line for each update."""
+    return [f"{_title(one)}: {'; '.join(one.training.words)}." for one in findings.found]
+
+
+def _title(one: Finding) -> str:
+    return one.update.name[0].upper() + one.update.name[1:]
+
+
 def _markdown(findings: Findings) -> str:
     head, *rows = lines(findings)
     table = ["| " + " | ".join(row) + " |" for row in (head, ("---",) * len(head), *rows)]
     known = [
-        f"- Round {one.update.round}, client {one.update.client}: {'; '.join(one.training.words)}."
+        f"- {_title(one)}: {'; '.join(one.training.words)}."
         + "".join(f"\n    - {reason.text}" for reason in one.reasons)
         for one in findings.found
     ]
@@ -155,7 +187,7 @@ def _html(findings: Findings) -> str:
         f"<table><tr>{''.join(f'<th>{escape(cell)}</th>' for cell in head)}</tr>{cells}</table>",
     ]
     for one in findings.found:
-        body.append(f"<h2>Round {one.update.round}, client {escape(one.update.client)}</h2>")
+        body.append(f"<h2>{escape(_title(one))}</h2>")
         body.append(f"<p>{escape('; '.join(one.training.words))}.</p>")
         body.append(f"<p>Prediction: {escape(one.verdict)}. {escape(' '.join(r.text for r in one.reasons))}</p>")
         if one.truth is not None:
