@@ -29,6 +29,8 @@ from keyhole.parts.dependence import MEASURES, gaussian, linear
         "heart defeat model inversion where dependence is largest (AT-AT, ICLR 2026, as others report it)",
         "one term for a whole batch: of updates of fewer images than its least batch it protects nothing, and whoever "
         "knows it matches its gradient exactly",
+        "it slows attackers who know it more than it stops them: of batches of four faces, 300 steps of idlg on an "
+        "untrained network found none and 3,000 steps 2 of 8 (undefended: all)",
     ),
 )
 @dataclass(frozen=True)
