@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import stat
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,48 @@ def test_a_damaged_account_is_not_trusted(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="damaged"):
         (again,) = train(plan, tmp_path)
     assert all(torch.equal(a[n], b[n]) for a, b in zip(before, states(again), strict=True) for n in a)
+
+
+MODEL = """
+from torch import nn
+def make(num_classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.{}(), nn.Linear(8, num_classes))
+"""
+
+
+@pytest.mark.parametrize("rounds", [2, 1])
+def test_another_model_under_the_same_name_is_not_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rounds: int
+) -> None:
+    """Whether the training was at its end or not."""
+    monkeypatch.syspath_prepend(tmp_path)
+    given = {**raw(rounds=2), "model": {"factory": f"own_net_{rounds}:make"}, "defenses": []}
+    plan = parse_training(given)
+    source = tmp_path / f"own_net_{rounds}.py"
+    source.write_text(MODEL.format("ReLU"))
+
+    class Stop(Exception):
+        pass
+
+    def stop(what: str, fraction: float) -> None:
+        if fraction >= rounds / 2:
+            raise Stop
+
+    with pytest.raises(Stop):
+        train(plan, tmp_path / "out", told=stop)
+    source.write_text(MODEL.format("Sigmoid"))
+    for name in [name for name in sys.modules if name.startswith("own_net")]:
+        monkeypatch.delitem(sys.modules, name)
+    shutil.rmtree(tmp_path / "__pycache__", ignore_errors=True)
+    with pytest.raises(StoreError, match="another model, other images or another version"):
+        train(plan, tmp_path / "out")
+
+
+def test_what_was_right_is_read_again_and_makes_the_accuracy(tmp_path: Path) -> None:
+    plan = plan_of(rounds=1)
+    (one,), (again,) = train(plan, tmp_path), train(plan, tmp_path)
+    assert one.right == again.right and len(one.right) == 60
+    assert sum(one.right) / 60 == one.accuracy == again.accuracy
 
 
 @pytest.mark.parametrize("options", [{}, {"partition": "dirichlet", "alpha": 0.5}])

@@ -23,8 +23,9 @@ def test_the_mean_over_seeds_has_a_student_interval_within_its_range() -> None:
 
 
 def ended(accuracy: float, seed: int, *defense: Spec) -> Trained:
-    """A training that ended with this accuracy."""
-    return Trained(defense, seed, Path(), [AfterTraining(round=1, accuracy=accuracy)], tested=400)
+    """A training that ended with this accuracy on 400 images, of which it gets the first ones right."""
+    right = tuple(image < round(400 * accuracy) for image in range(400))
+    return Trained(defense, seed, Path(), [AfterTraining(round=1, accuracy=accuracy)], right=right)
 
 
 def test_what_a_defense_costs_is_paired_by_seed() -> None:
@@ -42,10 +43,24 @@ def test_what_a_defense_costs_is_paired_by_seed() -> None:
     assert points_in_words(found).startswith("-4.0 (-6.5 to -1.5)")
 
 
+def test_a_change_is_no_surer_than_its_images() -> None:
+    """Three trainings that agree, and one alone: what is left is that 16 of 400 images came out the other way."""
+    spec = Spec("prune", (("rate", 0.5),))
+    for seeds in (1, 3):
+        runs = [run for seed in range(seeds) for run in (ended(0.9, seed), ended(0.86, seed, spec))]
+        found = change("prune(rate=0.5)", by_defense(runs))
+        # Bonett and Price 2012 by hand: 0 + 1 and 16 + 1 discordant pairs of 402.
+        up, down = 1 / 402, 17 / 402
+        half = 1.959964 * math.sqrt((up + down - (up - down) ** 2) / 402)
+        assert found.value == pytest.approx(-0.04)
+        assert found.low <= up - down - half + 1e-9 and found.high - found.low >= 2 * half - 1e-9
+        assert found.high < 0
+
+
 def test_an_accuracy_is_no_surer_than_its_images_and_its_trainings() -> None:
     test = stats.binomtest(360, 400)  # 90 % of the images
     wilson = test.proportion_ci(0.95, method="wilson")
-    for runs in ([ended(0.9, 0)], [ended(0.9, 0), ended(0.901, 1), ended(0.899, 2)], [ended(0.9, 0), ended(0.9, 1)]):
+    for runs in ([ended(0.9, 0)], [ended(0.9, 0), ended(0.9025, 1), ended(0.8975, 2)], [ended(0.9, 0), ended(0.9, 1)]):
         found = accuracy_of(runs)
         assert (found.value, found.low, found.high) == pytest.approx((0.9, wilson.low, wilson.high))
     apart = [ended(0.8, 0), ended(0.9, 1), ended(0.85, 2)]

@@ -7,6 +7,8 @@ by their owner alone, as weights tell of the images.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -29,16 +31,17 @@ from keyhole.core.trial import Spec
 from keyhole.core.types import Batch, Tensors, Weights
 from keyhole.defenses.dp_sgd import DPSGD
 from keyhole.defenses.user_dp import UserDP
-from keyhole.errors import ConfigError, DataError, ModelError, cause
+from keyhole.errors import ConfigError, DataError, ModelError, StoreError, cause
 from keyhole.experiment.plan import build_defense
 from keyhole.experiment.setup import TRAIN_IMAGES, find_device
 from keyhole.experiment.store import Store
 from keyhole.experiment.training_plan import TrainingPlan
 from keyhole.experiment.work import HERE, Workers, available_cores, in_processes
+from keyhole.federation.cache import TRAINING_VERSION, probe
 from keyhole.federation.local import Round, State
-from keyhole.federation.states import AfterRound, accuracy, rounds
+from keyhole.federation.states import AfterRound, accuracy, guessed_right, rounds
 from keyhole.federation.strategies import FedAvg, Memory, Noised
-from keyhole.solve.files import as_metadata, read_tensors, write_tensors
+from keyhole.solve.files import as_metadata, digest, read_tensors, write_tensors
 from keyhole.solve.threads import one_thread
 from keyhole.zoo.datasets import Data, load_data
 from keyhole.zoo.models import build_model
@@ -79,8 +82,8 @@ class Trained:
     """Share of clients whose first update the defense changed beyond rounding; NaN without a defense."""
     seen: int = 0
     """Most gradients in a round into which one image goes."""
-    tested: int = 0
-    """Held-out images behind each accuracy."""
+    right: tuple[bool, ...] = field(default=(), repr=False)
+    """Which of the held-out images the network gets right after the last round."""
 
     @property
     def accuracy(self) -> float:
@@ -146,6 +149,8 @@ def train(
     ]
     with Store(folder) as store, one_thread(where):
         store.claim_config(plan.to_toml())
+        for run in runs:
+            problem.check(run)
         if where.type == "cpu" and workers is HERE and ask is None:
             _side_by_side(plan, runs, jobs or available_cores(), told)
         # What is done by now is only read.
@@ -258,7 +263,7 @@ class Problem:
         defense = build_defense(run.defense) if run.defense else None
         task = plain if defense is None else defense.on_task(plain)
         start = fit_weights(task, bare_start)
-        run.seen, run.tested = self.seen(run.seed), len(self.test[1])
+        run.seen, identity = self.seen(run.seed), self.identity(run)
         key = training_key(run.seed)
         strategy = self._server(run.defense, key)
         weights, memory, states = _resume(run, start) or (start, None, None)
@@ -268,7 +273,7 @@ class Problem:
         clients, bare_clients = (partial(ask, run, defended) if ask else None for defended in (True, False))
         if not run.rounds:
             run.rounds.append(AfterTraining(0, accuracy(task, start, *self.test)))
-            _keep(run, task, start, strategy.begin(start), ())
+            _keep(run, task, start, strategy.begin(start), (), identity)
         before = weights
         given: dict[str, Any] = {"public": self.public, "strategy": strategy, "spread": self.workers.spread}
         steps = rounds(
@@ -284,10 +289,46 @@ class Problem:
                 bare = next(rounds(plain, bare_start, self.inputs, self.labels, self.federation, key, **given))
                 run.changed = _changed(before, after, bare_start, bare)
             run.rounds.append(_account(before, after, accuracy(task, after.weights, *self.test)))
-            _keep(run, task, after.weights, after.memory, after.clients.states)
+            _keep(run, task, after.weights, after.memory, after.clients.states, identity)
             before = after.weights
             told(run.what, after.number / self.federation.rounds)
+        run.right = tuple(guessed_right(task, before, *self.test).tolist())
         return run
+
+    def check(self, run: Trained) -> None:
+        """Hold what a folder has of a training against what would be trained; a damaged file is none."""
+        from safetensors import SafetensorError
+
+        path = run.folder / _PROGRESS
+        if not path.exists():
+            return
+        try:
+            _, account = read_tensors(path)
+        except (SafetensorError, OSError, ValueError, KeyError):
+            return
+        if account.get("identity") != self.identity(run):
+            raise StoreError(
+                f"'{run.folder}' was trained with another model, other images or another version of Keyhole or of a "
+                "defense; choose another --out or remove the folder."
+            )
+
+    def identity(self, run: Trained) -> str:
+        """Names what a training is made from beyond the folder's config: networks, images and versions."""
+        model = self._model(run.seed)
+        start = weights_of(model)
+        made_from = {
+            "version": TRAINING_VERSION,
+            "defense": [(spec.name, spec.version) for spec in run.defense],
+            "network": [digest(*start), *probe(self._plain(model), start)],
+            "images": self._images,
+        }
+        return hashlib.sha256(json.dumps(made_from).encode()).hexdigest()
+
+    @cached_property
+    def _images(self) -> str:
+        held, labels = self.test
+        own = {"inputs": self.inputs, "labels": self.labels, "held": held, "their labels": labels}
+        return digest(own, {"public": self.public.inputs})
 
     def task(self, specs: tuple[Spec, ...]) -> Task:
         """What clients under these defenses train."""
@@ -395,7 +436,7 @@ def epsilon(specs: tuple[Spec, ...], gradients: int) -> float | None:
 # Files
 
 
-def _keep(run: Trained, task: Task, weights: Weights, memory: Memory, states: Sequence[State]) -> None:
+def _keep(run: Trained, task: Task, weights: Weights, memory: Memory, states: Sequence[State], identity: str) -> None:
     """The global network in a file of its own, then everything that the next round needs, each atomically."""
     known = task.model.state_dict().keys()
     whole = {**weights.params, **weights.buffers}
@@ -403,7 +444,8 @@ def _keep(run: Trained, task: Task, weights: Weights, memory: Memory, states: Se
     parts = {"params": weights.params, "buffers": weights.buffers}
     parts |= {f"server:{kind}": tensors for kind, tensors in memory.items()}
     parts |= {f"client:{c}:{place}": kept for c, state in enumerate(states) for place, kept in state.items()}
-    account = {"rounds": [asdict(row) for row in run.rounds], "changed": run.changed, "clients": len(states)}
+    rows = [asdict(row) for row in run.rounds]
+    account = {"identity": identity, "rounds": rows, "changed": run.changed, "clients": len(states)}
     named = {f"{part}/{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
     write_tensors(run.folder / _PROGRESS, named, as_metadata(account))
 

@@ -113,7 +113,7 @@ def _name(task: Task, weights: Weights, inputs: Tensor, labels: Tensor, federati
         "federation": asdict(federation),
         "key": key.tolist(),
         "modes": [task.batchnorm, [list(map(str, drop)) for drop in task.drops]],
-        "probe": _probe(task, weights),
+        "probe": probe(task, weights),
     }
     hashed.update(json.dumps(settings, sort_keys=True).encode())
     hashed.update(digest(*weights).encode())
@@ -122,8 +122,8 @@ def _name(task: Task, weights: Weights, inputs: Tensor, labels: Tensor, federati
     return hashed.hexdigest()
 
 
-def _probe(task: Task, weights: Weights) -> list[str]:
-    """What the model and its loss make of the weights: equal weights do not mean equal forward passes."""
+def probe(task: Task, weights: Weights) -> list[str]:
+    """What the model and its loss make of weights: equal weights do not mean equal forward passes."""
     # In float64, so that the rounded values do not depend on threads or device.
     wide = Weights(*(map_tensors(lambda t: t.double() if t.is_floating_point() else t, part) for part in weights))
     device = next(iter(wide.params.values())).device

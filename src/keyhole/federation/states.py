@@ -179,9 +179,14 @@ def round_key(key: Key, number: int) -> Key:
     return fold_in(fold_in(key, "round"), number)
 
 
-@torch.no_grad()
 def accuracy(task: Task, weights: Weights, inputs: Tensor, labels: Tensor) -> float:
-    """Share of images that the network gets right, with BatchNorm's running statistics and without dropout.
+    """Share of images that the network gets right; see `guessed_right`."""
+    return int(guessed_right(task, weights, inputs, labels).sum()) / len(labels)
+
+
+@torch.no_grad()
+def guessed_right(task: Task, weights: Weights, inputs: Tensor, labels: Tensor) -> Tensor:
+    """Which images the network gets right, with BatchNorm's running statistics and without dropout: bool of shape (n,).
 
     Noise that a layer keeps after training is drawn once, always the same.
 
@@ -192,10 +197,10 @@ def accuracy(task: Task, weights: Weights, inputs: Tensor, labels: Tensor) -> fl
         labels: class indices, int64 of shape (n,).
     """
     task = evaluating(task)
-    right = 0
+    right = []
     for start in range(0, len(labels), _SLICE):
         part = inputs[start : start + _SLICE]
         masks = task.masks(advance(new_key(0, part.device), start), len(part))
         guesses = task.logits(weights, part, masks).argmax(-1)
-        right += int((guesses == labels[start : start + _SLICE].to(guesses.device)).sum())
-    return right / len(labels)
+        right.append(guesses == labels[start : start + _SLICE].to(guesses.device))
+    return torch.cat(right)

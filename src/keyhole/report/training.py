@@ -10,11 +10,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from keyhole.experiment.audit import versions
 from keyhole.experiment.store import Store
 from keyhole.experiment.train import Trained, epsilon
 from keyhole.experiment.training_plan import TrainingPlan
-from keyhole.report.intervals import Estimate, student, wider, wilson
+from keyhole.report.intervals import Estimate, share_difference, student, wider, wilson
 from keyhole.report.names import UNDEFENDED, defense_name
 from keyhole.report.summarize import plain
 from keyhole.report.tables import Line
@@ -39,19 +41,26 @@ def accuracy_of(runs: Sequence[Trained]) -> Estimate:
     training has the second one alone, which speaks of that network.
     """
     found = over_seeds([run.accuracy for run in runs])
-    return Estimate(found.value, *wider((found.low, found.high), wilson(found.value, runs[0].tested)))
+    return Estimate(found.value, *wider((found.low, found.high), wilson(found.value, len(runs[0].right))))
 
 
 def change(name: str, trained: Mapping[str, Sequence[Trained]]) -> Estimate:
     """Accuracy under a defense less that without any; NaN where there is none to compare with.
 
-    Paired by seed: federations of one seed begin with the same network and clients, so that what one seed makes harder
-    than another falls out.
+    Paired by seed and by held-out image: federations of one seed begin with the same network and clients, and all are
+    asked about the same images. The interval is the wider of Student's over trainings and `share_difference`'s, which
+    knows how few images there are; a single training has the latter alone, which speaks of that network.
     """
     if name == UNDEFENDED:
         return Estimate()
-    plain = {run.seed: run.accuracy for run in trained.get(UNDEFENDED, ())}
-    return student([run.accuracy - plain[run.seed] for run in trained[name] if run.seed in plain])
+    plain = {run.seed: run for run in trained.get(UNDEFENDED, ())}
+    pairs = [(run, plain[run.seed]) for run in trained[name] if run.seed in plain]
+    if not pairs:
+        return Estimate()
+    over_trainings = student([run.accuracy - bare.accuracy for run, bare in pairs])
+    over_images = share_difference(np.array([np.subtract(run.right, bare.right, dtype=float) for run, bare in pairs]))
+    each = ((found.low, found.high) for found in (over_trainings, over_images))
+    return Estimate(over_trainings.value, *wider(*each))
 
 
 def by_defense(done: Sequence[Trained]) -> dict[str, list[Trained]]:
