@@ -59,8 +59,8 @@ def change(name: str, trained: Mapping[str, Sequence[Trained]]) -> Estimate:
         return Estimate()
     over_trainings = student([run.accuracy - bare.accuracy for run, bare in pairs])
     over_images = share_difference(np.array([np.subtract(run.right, bare.right, dtype=float) for run, bare in pairs]))
-    each = ((found.low, found.high) for found in (over_trainings, over_images))
-    return Estimate(over_trainings.value, *wider(*each))
+    low, high = wider(*((found.low, found.high) for found in (over_trainings, over_images)))
+    return Estimate(over_trainings.value, max(low, -1.0), min(high, 1.0))
 
 
 def by_defense(done: Sequence[Trained]) -> dict[str, list[Trained]]:
