@@ -235,11 +235,12 @@ def _told(place: Path) -> tuple[dict[str, Any], int]:
         if not (isinstance(clients, list) and all(isinstance(one, dict) for one in clients)):
             raise ValueError("its clients are no list of objects")
         number = int(told["round"])
-        if round_folder(number) != place.name:
-            raise ValueError(f"it is of round {number}, and not of the folder's")
-        return told, number
+        own = round_folder(number)
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise DataError(f"'{place / ROUND}' is damaged ({cause(error)}).") from error
+    if own != place.name:
+        raise DataError(f"'{place / ROUND}' is of the folder '{own}'; one of the two was changed.")
+    return told, number
 
 
 def _read_round(
