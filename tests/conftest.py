@@ -130,6 +130,11 @@ def _conv_all() -> nn.Module:
     )
 
 
+def _wide_norm() -> nn.Module:
+    """Batch statistics of one image are 192 numbers of 64 pixels."""
+    return nn.Sequential(nn.Conv2d(1, 96, 7), nn.BatchNorm2d(96), nn.Sigmoid(), nn.Flatten(), nn.Linear(384, CLASSES))
+
+
 def _mlp() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 24), nn.Sigmoid(), nn.Linear(24, CLASSES))
 
@@ -140,6 +145,7 @@ MODELS = {
     "conv_norm": _conv_norm,
     "conv_drop": _conv_drop,
     "conv_all": _conv_all,
+    "wide_norm": _wide_norm,
 }
 BOUNDS = Bounds.of((0.4,), (0.3,), torch.float64)
 

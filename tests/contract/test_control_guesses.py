@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -122,3 +123,24 @@ def test_the_prior_alone_finds_nothing_where_the_attack_finds_all(make_setup: An
         scores[attacker] = [o.metrics["mse"][0] for o in run_group(Group(trials), setup).outcomes]
     assert max(scores["naive"]) < 1e-3
     assert min(scores["control:prior_only"]) > 0.02
+
+
+def test_batch_statistics_alone_are_a_leak_as_no_control_has_them(
+    dropping: None, make_setup: Any, make_trial: Any
+) -> None:
+    """Clients send no update at all. The other client's guess is of its own statistics."""
+    setup = make_setup(model="wide_norm", batchnorm="train_shared")
+    options = {"steps": 200, "restarts": 1, "tv": 0.0, "statistics": 1.0, "labels": "given"}
+    given = {"defense": (("dropping", {}),), "sees": ("statistics", "targets", "update", "weights")}
+    trials = tuple(make_trial("inverting_gradients", options, (i,), **given) for i in range(2))
+    noise, others = (
+        tuple(replace(trial, attacker=f"control:{name}") for trial in trials) for name in ("prior_only", "other_client")
+    )
+    found, blind = run_group(Group(trials, others), setup), run_group(Group(noise), setup)
+    assert {outcome.status for outcome in (*found.outcomes, *blind.outcomes)} == {"budget"}
+    ssim = [outcome.metrics["ssim"][0] for outcome in (*found.outcomes, *blind.outcomes)]
+    assert min(ssim[:2]) > 0.9
+    assert max(ssim[2:]) < 0.3
+    for i in range(2):
+        neighbour = setup.data.target.images[1 - i].float()
+        assert float((found.reconstructions[others[i].hash][0] - neighbour).square().mean()) < 0.01

@@ -47,6 +47,24 @@ def test_every_attacker_has_its_trials(experiment: Experiment, setup: Setup) -> 
     }
 
 
+def test_the_attack_on_noise_does_without_the_statistics_that_clients_send(
+    experiment: Experiment, setup: Setup
+) -> None:
+    """So that an audit finished with them is not taken for one without; all other trials are as they were."""
+    model = experiment.model.model_copy(update={"batchnorm": "train_shared"})
+    shared = experiment.model_copy(update={"model": model})
+    seen = {
+        (sent, trial.attacker): trial.sees
+        for sent, one in ((False, experiment), (True, shared))
+        for group in plan(one, setup, choose(one, setup, []))
+        for trial in (*group.trials, *group.others)
+    }
+    assert {attacker for _, attacker in seen} > {"naive", "control:prior_only", "control:other_client"}
+    for (sent, attacker), sees in seen.items():
+        given = sent and attacker != "control:prior_only"
+        assert sees == (("statistics", *experiment.sees) if given else experiment.sees)
+
+
 def test_groups_hold_one_network_and_never_more_than_the_size(experiment: Experiment, setup: Setup) -> None:
     for group in plan(experiment, setup, choose(experiment, setup, [])):
         assert len({(t.seed, t.attacker, t.defense, t.attack) for t in group.trials}) == 1

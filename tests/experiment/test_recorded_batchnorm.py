@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from recorded_case import LR, moved, record
+from recorded_case import LR, keep, moved, record
 from torch import Tensor, nn
 
 from keyhole.errors import ConfigError
 from keyhole.experiment.recorded import Finding, audit_transcript
+from keyhole.report.recorded import leaks
 
 IMAGES = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(2))
 LABELS = torch.tensor([0, 1, 2, 3])
@@ -31,6 +32,19 @@ class Normed(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.features(torch.sigmoid(self.maps(self.conv(images))).flatten(1)))
+
+
+class Wide(nn.Module):
+    """Batch statistics of one image are 192 numbers of 64 pixels."""
+
+    input_shape = (1, 8, 8)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.maps, self.head = nn.Conv2d(1, 96, 7), nn.BatchNorm2d(96), nn.Linear(384, 4)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(torch.sigmoid(self.maps(self.conv(images))).flatten(1))
 
 
 class Averaging(Normed):
@@ -126,3 +140,23 @@ def test_how_batchnorm_ran_is_asked_for_with_the_key_that_says_it(tmp_path: Path
     folder = record(tmp_path, model, {"7": moved(model, [(IMAGES, LABELS)])}, {"7": 4}, lr=LR)
     with pytest.raises(ConfigError, match="--set batchnorm=train_shared"):
         audited(folder, Normed)
+
+
+def test_batch_statistics_alone_are_a_leak_as_the_control_does_without_them(tmp_path: Path) -> None:
+    """The client sends noise for its parameters, so that nothing else tells of the image."""
+    torch.manual_seed(1)
+    model = Wide()
+    model(torch.rand(16, 1, 8, 8))
+    sent = moved(model, [(IMAGES[:1], LABELS[:1])])
+    params = dict(model.named_parameters())
+    sent |= {name: torch.randn(value.shape) * value.std() for name, value in sent.items() if name in params}
+    folder = record(tmp_path / "t", model, {"7": sent}, {"7": 1}, lr=LR, epochs=1)
+    secrets = keep(tmp_path / "s", "7", IMAGES[:1], LABELS[:1])
+    brief = 'attacks=[{name="inverting_gradients",steps=150,restarts=1,tv=0.0,statistics=1000.0}]'
+    findings = audit_transcript(folder, f"{__name__}:Wide", secrets, (brief, "batchnorm=train_shared"))
+    (attempt,) = findings.found[0].attempts
+    assert attempt.metrics["ssim"][0] > 0.9
+    assert attempt.control["ssim"][0] < 0.3
+    assert leaks(attempt) == [True]
+    without = audit_transcript(folder, f"{__name__}:Wide", secrets, (brief, "batchnorm=train_hidden"))
+    assert leaks(without.found[0].attempts[0]) == [False]

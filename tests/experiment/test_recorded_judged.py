@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ from torch import Tensor, nn
 from keyhole import cli
 from keyhole.errors import ConfigError, DataError
 from keyhole.experiment.recorded import Findings, audit_transcript
-from keyhole.experiment.transcript import round_folder
-from keyhole.report.recorded import conclusion, remarks, write_recorded
+from keyhole.experiment.transcript import read_transcript, round_folder
+from keyhole.report.recorded import conclusion, explains, remarks, write_recorded
 
 BRIEF = 'attacks=[{name="idlg",steps=2}]'
 NOISE = 'defense=[{name="gaussian_noise",std=0.003}]'
@@ -62,7 +63,7 @@ def test_an_update_under_noise_is_explained_by_what_scores_as_the_true_images_wo
     """Their score is the noise's share of the update's square, worked out here from the noise itself."""
     clean = moved(model, [image])
     sent = noisy(clean, 0.003)
-    folder = record(tmp_path / "t", model, {"7": sent}, {"7": 1}, lr=LR)
+    folder = record(tmp_path / "t", model, {"7": sent}, {"7": 1}, lr=LR, epochs=1)
     share = square({name: sent[name] - clean[name] for name in sent}) / square(sent)
     assert 1e-3 < share < 0.1, "the case is one in which the true images do not score 0"
     found = audit_transcript(folder, MODEL, keep(tmp_path / "s", "7", *image), (QUICK, NOISE))
@@ -105,6 +106,32 @@ def test_a_score_that_cannot_tell_is_not_taken_for_safety(
     assert {attempt.explains for attempt in found.found[0].attempts} == {explains}
     text = conclusion(found)
     assert said in text and "images were found" not in text and "(--secrets)" in text
+
+
+@pytest.mark.parametrize(
+    ("images", "config", "assumed"),
+    [
+        (12, {}, True),
+        (12, {"epochs": 1}, True),
+        (12, {"batch_size": 12}, True),
+        (12, {"epochs": 1, "batch_size": 12}, False),
+        (1, {"epochs": 1}, False),
+        (None, {"epochs": 1, "batch_size": 12}, True),
+    ],
+)
+def test_on_assumed_steps_or_images_no_update_is_called_unexplained(
+    tmp_path: Path, model: Small, images: int | None, config: dict[str, Any], assumed: bool
+) -> None:
+    """The client took five steps on twelve images; what one step leaves over says nothing unless one step is known."""
+    generator = torch.Generator().manual_seed(8)
+    batch = torch.rand(12, 1, 8, 8, generator=generator), torch.arange(12) % 4
+    folder = record(tmp_path, model, {"7": moved(model, [batch] * 5)}, {"7": images}, lr=LR, **config)
+    brief = 'attacks=[{name="idlg",steps=2,restarts=1}]'
+    found = audit_transcript(folder, MODEL, changes=(brief,))
+    (one,) = found.found
+    assert one.training.steps == 1 and one.training.assumed == assumed
+    assert explains(one) is (None if assumed else False)
+    assert ("0 of 1 attacked update explained" in conclusion(found)) != assumed
 
 
 def test_noise_makes_no_prediction_rosier(tmp_path: Path, image: tuple[Tensor, Tensor]) -> None:
@@ -181,7 +208,25 @@ def test_a_round_that_is_not_there_is_remarked(tmp_path: Path, model: Small, ima
     found = audit_transcript(folder, MODEL, changes=(BRIEF,))
     assert remarks(found)[0] == "Not in the transcript, though later rounds are: rounds 1, 3."
     write_recorded(found, tmp_path / "out")
-    assert json.loads((tmp_path / "out" / "report.json").read_text())["missing_rounds"] == [1, 3]
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["missing_rounds"] == [[1, 1], [3, 3]]
+
+
+def test_a_rounds_number_costs_no_memory_and_is_its_folders(
+    tmp_path: Path, model: Small, image: tuple[Tensor, Tensor]
+) -> None:
+    update = {"7": moved(model, [image])}
+    for number in (1, 2, 30_000_000):
+        folder = record(tmp_path / "t", model, update, {"7": 1}, number=number, lr=LR)
+    tracemalloc.start()
+    read = read_transcript(folder, model)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert read.gaps == ((3, 29_999_999),) and most < 2**25
+    found = audit_transcript(folder, MODEL, changes=(BRIEF, "most=1"))
+    assert remarks(found)[0] == "Not in the transcript, though later rounds are: rounds 3 to 29999999."
+    (folder / "round-0002").rename(folder / "round-0003")
+    with pytest.raises(DataError, match="round-0003/round.json' is of the folder 'round-0002'; one of the two"):
+        read_transcript(folder, model)
 
 
 def test_secrets_that_are_no_pixels_are_refused_until_it_is_said_how_they_were_normalised(

@@ -1,4 +1,4 @@
-"""Controls: what the same guesses score without the update. Leakage is what an attack scores beyond them."""
+"""Controls: what the same guesses score without what the client sent. Leakage is what an attack scores beyond them."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ def noise_update(update: Tensors, key: Key) -> Tensors:
     """The same attack on noise in place of the update: what its start and its prior give by themselves.
 
     Each tensor gets Gaussian noise with the norm of the observed one, and keeps its zeros, so that masks look alike.
+    BatchNorm's batch statistics are part of what a client sends, so that this control does without them. Labels, masks
+    and hints are not sent: an attacker who knows them knows them without the update, and so does the control.
     """
     noise = {
         name: torch.where(value != 0, normal(fold_in(key, name), tuple(value.shape), value.dtype), 0.0)

@@ -254,6 +254,8 @@ def _groups(
 ) -> list[Group]:
     client = experiment.client
     is_check = attacker == "check:truth"
+    # The attack on noise does without all that a client sends.
+    unseen = {"statistics"} if attacker == "control:prior_only" else set()
     episodes = list(_episodes(experiment, setup, pool))
 
     def trial(name: str, episode: tuple[int, ...]) -> Trial:
@@ -264,7 +266,7 @@ def _groups(
             rule=client.spec,
             # The self-test is about this code, not about what an attacker believes.
             belief=Spec.of("exact") if is_check else experiment.attacker.spec,
-            sees=experiment.sees,
+            sees=tuple(field for field in experiment.sees if field not in unseen),
             defense=defense,
             attack=attack,
             attacker=name,

@@ -61,8 +61,8 @@ class Findings:
     """Clients whose update is missing or cannot be attacked, and why."""
     found: tuple[Finding, ...]
     known: Known
-    gaps: tuple[int, ...] = ()
-    """Rounds before the last one that are not in the transcript."""
+    gaps: tuple[tuple[int, int], ...] = ()
+    """Rounds before the last one that are not in the transcript, each run of them as its first and last."""
     unscored: tuple[str, ...] = ()
     """Attacked updates for which the folder of secrets has nothing."""
 

@@ -91,10 +91,14 @@ def attempt(
     key = fold_in(new_key(seed), f"transcript {one.round} {one.client}")
     seen = [one.observation]
     if secret is not None:
-        # The same search for an update that says nothing: what resembles a secret by chance is no leak.
-        seen.append(seen[0]._replace(update=noise_update(one.update, fold_in(key, "prior only"))))
+        # The same search for an update that says nothing: what resembles a secret by chance is no leak. Batch
+        # statistics are part of what was sent, and would say as much as the update.
+        noise = noise_update(one.update, fold_in(key, "prior only"))
+        seen.append(seen[0]._replace(update=noise, statistics=None))
+    # What is solved together sees the same fields.
+    runs = [seen] if one.statistics is None else [[each] for each in seen]
     try:
-        solved, *blind = _solved(task, seen, training, attack, counter, key)
+        solved, *blind = [found for run in runs for found in _solved(task, run, training, attack, counter, key)]
     except Refused as error:
         nothing = torch.zeros(0, *task.input_shape)
         return Attempt(name, attacker, "refused", math.nan, nothing, (), 0, str(error))
@@ -128,8 +132,8 @@ def explained_up_to(
         defense: what is known to act on the update; `None` where nothing is.
     """
     mixed = bool(one.parts) and task.batchnorm not in (None, "eval")
-    if training.steps > 1 or task.draws or mixed:
-        return None  # attacks only come near to how such an update was made
+    if training.assumed or training.steps > 1 or task.draws or mixed:
+        return None  # attacks only come near to how such an update was made, or may start from a wrong assumption
     if defense is None:
         return SOLVED
     if one.parts or counter.name == "naive":

@@ -70,6 +70,8 @@ class Training:
     """Whether the learning rate is known, so that lengths of updates can be compared."""
     words: tuple[str, ...]
     """What is known, what was estimated, and what was assumed."""
+    assumed: bool = False
+    """Whether the number of images, epochs or the batch size is assumed, so that the true images need not fit."""
 
 
 def known_from(changes: tuple[str, ...]) -> Known:
@@ -165,7 +167,10 @@ def training_of(task: Task, one: Recorded, known: Known) -> Training:
         rule = LocalSGD(
             steps, rate * mean / steps if mean < steps else rate, images, "fixed" if steps == 1 else "shuffled"
         )
-    return Training(rule, images, steps, lr is not None, tuple(words))
+    assumed = any(client.assumed for client in clients) or (
+        known.images is None and any(part.examples is None for part in parts)
+    )
+    return Training(rule, images, steps, lr is not None, tuple(words), assumed)
 
 
 def _images(parts: tuple[Recorded, ...], known: Known) -> tuple[list[int], list[str]]:

@@ -346,6 +346,8 @@ def _noise(attack: IterativeAttack, trials: tuple[Trial, ...], setup: Setup, key
 
 
 def _without_signal(observation: Observation, keys: Tensor, shared: Shared) -> Observation:
+    """Noise for the update, and no batch statistics, as clients send both; see `noise_update`."""
+    observation = observation._replace(statistics=None)
     if observation.update is None:
         return observation
     noise = lift(lambda update, key: noise_update(update, fold_in(key, "prior only")), shared)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -99,8 +100,8 @@ class Transcript:
     """Updates that were recorded, read or not."""
     unread: frozenset[int] = frozenset()
     """Rounds in which an update came that cannot be read, so that the round's sum is not known."""
-    gaps: tuple[int, ...] = ()
-    """Rounds before the last one that are not there."""
+    gaps: tuple[tuple[int, int], ...] = ()
+    """Rounds before the last one that are not there, each run of them as its first and last."""
 
 
 class NotFinite(DataError):
@@ -172,7 +173,8 @@ def read_transcript(
     if not updates:
         why = f": {missing[0].splitlines()[0].rstrip('.')}" if missing else ""
         raise DataError(f"transcript '{folder}' holds no update of a complete round{why}.")
-    gaps = tuple(sorted(set(range(1, max(numbers))) - numbers))
+    there = sorted({0, *numbers})
+    gaps = tuple((last + 1, after - 1) for last, after in pairwise(there) if after > last + 1)
     return Transcript(about, tuple(updates), tuple(missing), recorded, frozenset(unread), gaps)
 
 
@@ -232,9 +234,13 @@ def _told(place: Path) -> tuple[dict[str, Any], int]:
         clients = told["clients"]
         if not (isinstance(clients, list) and all(isinstance(one, dict) for one in clients)):
             raise ValueError("its clients are no list of objects")
-        return told, int(told["round"])
+        number = int(told["round"])
+        own = round_folder(number)
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise DataError(f"'{place / ROUND}' is damaged ({cause(error)}).") from error
+    if own != place.name:
+        raise DataError(f"'{place / ROUND}' is of the folder '{own}'; one of the two was changed.")
+    return told, number
 
 
 def _read_round(

@@ -37,7 +37,7 @@ def as_dict(findings: Findings) -> dict[str, Any]:
         "stopped": findings.about.get("stopped"),
         "recorded": findings.recorded,
         "without_update": list(findings.missing),
-        "missing_rounds": list(findings.gaps),
+        "missing_rounds": [list(gap) for gap in findings.gaps],
         "without_secrets": list(findings.unscored),
         "view": "sum over clients" if findings.known.sum else "each client",
         "updates": [_update(one) for one in findings.found],
@@ -86,7 +86,8 @@ def conclusion(findings: Findings) -> str:
     if unknown:
         said.append(
             f"Of {unknown} attacked update{'s' * (unknown != 1)} the attacks' own score tells nothing: after a defense "
-            "or several steps the true images would not score 0 either, and a refused attack has no score."
+            "or several steps, or where it is only assumed how the client trained, the true images would not score 0 "
+            "either, and a refused attack has no score."
         )
     if explained < judged:
         said.append("What is not explained is not safe for that: what was found may still resemble the images.")
@@ -136,8 +137,8 @@ def remarks(findings: Findings) -> list[str]:
     """What the table does not say: clients without an update, why recording stopped, what attacks say of themselves."""
     said = [f"Not attacked: {text}" for text in findings.missing]
     if findings.gaps:
-        several = "s" * (len(findings.gaps) > 1)
-        numbers = ", ".join(map(str, findings.gaps))
+        several = "s" * (len(findings.gaps) > 1 or findings.gaps[0][0] < findings.gaps[0][1])
+        numbers = ", ".join(str(first) if first == last else f"{first} to {last}" for first, last in findings.gaps)
         said.append(f"Not in the transcript, though later rounds are: round{several} {numbers}.")
     said += [f"Not scored: {name}, of which the folder of secrets has nothing." for name in findings.unscored]
     if "stopped" in findings.about:
