@@ -142,12 +142,19 @@ def measured_accuracy() -> Iterator[str]:
     yield from ("", "## What they cost", "")
     yield from (
         "Accuracy on held-out digits after 20 rounds with the defense on all ten clients, and the difference to the",
-        f"undefended trainings of the same seeds (`keyhole train accuracy`; {kept['date']}). The same learning rate",
-        "and number of rounds for all: a defense that only slows training down would catch up with more rounds.",
+        f"undefended trainings of the same seeds (`keyhole train accuracy`; {trainings_in_words(kept)} each,",
+        f"{kept['date']}). Accuracies with the wider of the intervals over trainings and over held-out images. The",
+        "same learning rate and number of rounds for all: a defense that only slows training down would catch up with",
+        "more rounds.",
         "",
     )
     rows = [(name, interval(one["accuracy"]), signed(one["change"])) for name, one in kept["defenses"].items()]
     yield from table(("defense", "test accuracy", "change in points"), rows)
+
+
+def trainings_in_words(kept: dict[str, Any]) -> str:
+    """How often a training was repeated."""
+    return f"{kept['trainings']} training{'s' * (kept['trainings'] != 1)}"
 
 
 def signed(value: dict[str, float | None]) -> str:
@@ -168,8 +175,8 @@ def measured_frontiers() -> Iterator[str]:
     yield from ("", "## Accuracy against leakage", "")
     yield from (
         "Federated training with the defense on every client, then the worst attacker on updates of untrained and of",
-        "trained networks (`keyhole frontier NAME`). Accuracy with its interval over trainings; leaks with that over",
-        "images and networks.",
+        "trained networks (`keyhole frontier NAME`). Accuracy with the wider of the intervals over trainings and over",
+        "held-out images, with one training the latter; leaks with that over images and networks.",
     )
     head = (
         "defense", "test accuracy", "change in points", "images leaked, worst", "at round", "worst attacker",
@@ -248,7 +255,8 @@ def interval(value: dict[str, float | None]) -> str:
 def measured_cells() -> Iterator[str]:
     """What the presets' audits measured of every defense under every attack, a table for each setting."""
     cells = json.loads((MEASURED / "cells.json").read_text())
-    accuracy = json.loads((MEASURED / "accuracy.json").read_text())["defenses"]
+    trained = json.loads((MEASURED / "accuracy.json").read_text())
+    accuracy = trained["defenses"]
     yield from ("## Measured", "")
     yield from (
         "Every attack on every defense of the presets below, measured by `make claims`. Share of images leaked, with",
@@ -257,7 +265,8 @@ def measured_cells() -> Iterator[str]:
         "above the best control. *Client*: seconds for one update when all of a group are worked on together, on one",
         "CPU core. *Bound*: the largest share that any attack could recover, where the mechanism's noise gives one.",
         "*Accuracy on digits*, whatever images the table is about: on held-out digits after 20 rounds of federated",
-        "averaging with that defense on all ten clients, three times (`keyhole train accuracy`); below, all of them.",
+        f"averaging with that defense on all ten clients, the mean of {trainings_in_words(trained)}",
+        "(`keyhole train accuracy`); below, all of them.",
         "A dash: not measured, or there is none. Every defense had the same attack budget.",
         "",
     )

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
+from typer.models import CommandInfo
 
 from command_line import run
+from keyhole.cli import app, main
 
 MODEL = """
 from torch import nn
@@ -140,3 +143,32 @@ def test_the_version_is_that_of_the_package(
 
     assert run("--version") == 0
     assert capsys.readouterr().out == f"keyhole {__version__}\n"
+
+
+@pytest.mark.parametrize("name", ["[/y].toml", "[bold]y.toml"])
+def test_brackets_in_a_path_are_printed_as_they_are(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path(name).parent.mkdir(exist_ok=True)
+    assert run("init", name) == 0
+    assert f"Wrote {name}." in capsys.readouterr().out
+
+
+def test_brackets_in_a_warning_are_printed_as_they_are(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("warnings.showwarning", warnings.showwarning)  # put back afterwards, as it is replaced
+    monkeypatch.setattr("keyhole.cli.app", lambda: warnings.warn("'dam/[/y]' is damaged", stacklevel=1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        main()
+    assert capsys.readouterr().err == "Warning: 'dam/[/y]' is damaged\n"
+
+
+@pytest.mark.parametrize("command", app.registered_commands, ids=lambda command: command.name)
+def test_help_shows_all_that_a_command_says_of_itself(command: CommandInfo, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.callback is not None and command.callback.__doc__ is not None
+    assert run(command.name, "--help") == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert " ".join(command.callback.__doc__.split()) in shown

@@ -19,9 +19,9 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
+from rich.text import Text
 
 import keyhole.experiment.spec  # noqa: F401  (fills the registries)
 from keyhole.core import registry
@@ -48,8 +48,9 @@ app = typer.Typer(
     add_completion=False,
 )
 # A pipe or a log has no width; 80 columns would cut the tables.
-out = Console(width=None if sys.stdout.isatty() else 120)
-err = Console(stderr=True)
+# Paths and names may have brackets in them, which mean nothing here.
+out = Console(width=None if sys.stdout.isatty() else 120, markup=False, emoji=False)
+err = Console(stderr=True, markup=False, emoji=False)
 
 KINDS: dict[str, Registry] = {
     "attacks": registry.ATTACKS,
@@ -215,7 +216,7 @@ def frontier_command(
     table, answer, html = write_frontier(plan, done, folder)
     _print_table([(*line[:4], *line[6:8]) for line in table])
     for said in (*remarks(done), *answer):
-        out.print(said, highlight=False, markup=False)
+        out.print(said, highlight=False)
     out.print(f"\nReport: {html.resolve()}", highlight=False, soft_wrap=True)
 
 
@@ -227,7 +228,7 @@ def invert_command(
     jobs: Annotated[int, typer.Option(min=0, help="Worker processes on a CPU; 0: one a core.")] = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
 ) -> None:
-    """Train, then draw private classes from the global network of chosen rounds; with [audit], attack updates too."""
+    """Train, then draw private classes from the network of chosen rounds; with an audit section, attack updates too."""
     from keyhole.report.inversion import update_leaks, write_inversions
     from keyhole.report.names import defense_name
 
@@ -240,7 +241,7 @@ def invert_command(
         updates = update_leaks(plan, found.trained, folder)
     overview, verdict, html = write_inversions(found, folder, updates)
     _print_table(overview)
-    out.print(f"\n{verdict}", highlight=False, markup=False)
+    out.print(f"\n{verdict}", highlight=False)
     out.print(f"\nReport: {html.resolve()}", highlight=False, soft_wrap=True)
 
 
@@ -272,7 +273,7 @@ def check_mod_command(
         try:
             facts.expect(clip=clip, noise_std=noise_std)
         except Unmet as error:
-            err.print(f"Not as expected: {error}", highlight=False, markup=False, soft_wrap=True)
+            err.print(f"Not as expected: {error}", highlight=False, soft_wrap=True)
             raise typer.Exit(1) from None
 
 
@@ -313,7 +314,7 @@ def list_command(
     for name, cards in listing.items():
         table = Table(title=name, title_justify="left", box=None, show_header=False, padding=(0, 2))
         for card in cards:
-            table.add_row(f"[bold]{card['name']}[/]", card["summary"])
+            table.add_row(Text(card["name"], style="bold"), card["summary"])
         out.print(table)
 
 
@@ -322,7 +323,7 @@ def show_command(name: Annotated[str, typer.Argument(help="The name of a method,
     """Show a method's card, its knobs, and what is known to break it."""
     known = {**presets(), **presets("training")}
     if name in known:
-        out.print(known[name], markup=False, highlight=False)
+        out.print(known[name], highlight=False)
         return
     cards = [card for registered in KINDS.values() for card in registered if card.name == name]
     if not cards:
@@ -333,7 +334,7 @@ def show_command(name: Annotated[str, typer.Argument(help="The name of a method,
 
 
 def _show(card: Card) -> None:
-    out.print(f"[bold]{card.name}[/]  ({card.kind}, version {card.version})")
+    out.print(Text(card.name, style="bold"), f" ({card.kind}, version {card.version})")
     if card.paper:
         out.print(f"Source: {card.paper}. {card.link}", highlight=False)
     if card.kind == "defense":
@@ -342,12 +343,12 @@ def _show(card: Card) -> None:
     for known_break in card.known_breaks:
         out.print(f"Known to break it: {known_break}.", highlight=False)
     out.print()
-    out.print(inspect.getdoc(card.factory) or "", markup=False, highlight=False, soft_wrap=True)
+    out.print(inspect.getdoc(card.factory) or "", highlight=False, soft_wrap=True)
     knobs = _card(card)["knobs"]
     if knobs:
         table = Table("knob", "type", "default", box=None, padding=(0, 2))
         for knob in knobs:
-            table.add_row(knob["name"], escape(knob["type"]), str(knob["default"]))
+            table.add_row(knob["name"], knob["type"], str(knob["default"]))
         out.print()
         out.print(table)
 
@@ -432,7 +433,7 @@ def _print_training(plan: TrainingPlan, done: list[Trained], folder: Path) -> No
 
     _print_table([line[:5] for line in write_training(plan, done, folder)])
     for said in remarks(done):
-        out.print(said, highlight=False, markup=False)
+        out.print(said, highlight=False)
     out.print(f"\nNumbers: {(folder / 'train.json').resolve()}", highlight=False, soft_wrap=True)
 
 
@@ -441,7 +442,7 @@ def _print_table(lines: list[tuple[str, ...]]) -> None:
     widest = min(NAME_WIDTH, max(len(row[0]) for row in lines))
     table = Table(Column(lines[0][0], min_width=widest, overflow="fold"), *lines[0][1:], box=None, padding=(0, 1))
     for row in lines[1:]:
-        table.add_row(*(escape(value) for value in row))
+        table.add_row(*row)
     out.print(table)
 
 
@@ -452,7 +453,7 @@ def _report(folder: Path) -> None:
     report, html = write_report(folder)
     _print_table(verdict_table(report))
     out.print()
-    out.print(report.verdict, highlight=False, markup=False)
+    out.print(report.verdict, highlight=False)
     out.print(f"\nReport: {html.resolve()}", highlight=False, soft_wrap=True)
 
 
@@ -466,10 +467,10 @@ def _audit_transcript(transcript: Path, model: str, secrets: Path | None, change
     # Wrapped rather than cut: which attacker a line is about must be there to read.
     table = Table(*(Column(name, overflow="fold") for name in head), box=None, padding=(0, 1))
     for row in rows:
-        table.add_row(*(escape(value) for value in row))
+        table.add_row(*row)
     out.print(table)
     for text in (*told(findings), *remarks(findings), conclusion(findings)):
-        out.print(text, highlight=False, markup=False)
+        out.print(text, highlight=False)
     out.print(f"\nReport: {html.resolve()}", highlight=False, soft_wrap=True)
 
 
@@ -478,7 +479,7 @@ class _Bars:
 
     def __init__(self) -> None:
         self.bars = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             TextColumn("{task.percentage:>5.1f}%"),
             TimeElapsedColumn(),
@@ -528,5 +529,5 @@ def main() -> None:
     try:
         app()
     except KeyholeError as error:
-        err.print(f"Error: {error}", highlight=False, markup=False, soft_wrap=True)
+        err.print(f"Error: {error}", highlight=False, soft_wrap=True)
         sys.exit(2)

@@ -112,8 +112,9 @@ def level(naive: list[Row], attacks: list[Row]) -> str:
 def keep_accuracy(folder: Path, today: str) -> None:
     """What each defense leaves of the test accuracy, and costs of it, paired by seed."""
     found = json.loads((folder / "train.json").read_text())["summary"]
+    trainings = min(len(one["seeds"]) for one in found)
     kept = {one["defense"]: {key: one[key] for key in ("accuracy", "change")} for one in found}
-    ACCURACY.write_text(json.dumps({"date": today, "defenses": kept}, indent=1) + "\n")
+    ACCURACY.write_text(json.dumps({"date": today, "trainings": trainings, "defenses": kept}, indent=1) + "\n")
 
 
 FRONTIER_NAMES = ("frontier", "frontier_mnist", "frontier_cifar10")

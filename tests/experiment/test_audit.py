@@ -195,7 +195,7 @@ def test_another_experiments_folder(whole: Path) -> None:
 
 
 def test_folder_in_use(tmp_path: Path) -> None:
-    with Store(tmp_path), pytest.raises(StoreError, match="another audit is running"), Store(tmp_path):
+    with Store(tmp_path), pytest.raises(StoreError, match="another audit or training is running"), Store(tmp_path):
         pass
 
 

@@ -77,10 +77,26 @@ def test_the_cost_is_that_of_all_clients_rounds_and_seeds(plan: TrainingPlan) ->
     bare, pruned = plan.defenses
     made = Rehearsal(plan, {bare: 1.0, pruned: 10.0}, test_seconds=0.5, jobs=2, audit=None)
     assert made.core_seconds(bare) == 2 * 2 * (3 * 1.0 + 0.5)
-    assert made.core_seconds(pruned) == 2 * 2 * (3 * 10.0 + 0.5)
+    # The guard trains the first round once more, without the defense.
+    assert made.core_seconds(pruned) == 2 * (2 * (3 * 10.0 + 0.5) + 3 * 1.0)
     said = "\n".join(rehearsal_in_words(made, defense_name))
     assert "4 networks (2 defenses, 2 seeds), 2 rounds of 3 clients each" in said
-    assert "In all about 68 seconds, 2 at a time (2 minutes of core time)." in said  # (14 + 122) / 2
+    assert "In all about 71 seconds, 2 at a time (2 minutes of core time)." in said  # 7, then 64 beside 7 and 64
+    assert "a few steps of each attack" not in said
+
+
+@pytest.mark.parametrize(("jobs", "wall"), [(1, 2 * 7 + 2 * 64), (2, 7 + 64), (3, 7 + 64), (4, 64)])
+def test_trainings_begin_in_their_order_as_workers_are_free(plan: TrainingPlan, jobs: int, wall: float) -> None:
+    bare, pruned = plan.defenses
+    made = Rehearsal(plan, {bare: 1.0, pruned: 10.0}, test_seconds=0.5, jobs=jobs, audit=None)
+    assert made.wall_seconds == wall
+
+
+def test_one_long_training_sets_the_time_of_all(plan: TrainingPlan) -> None:
+    """Begun last, it has nothing beside it."""
+    one = plan.model_copy(update={"run": plan.run.model_copy(update={"seeds": (0,)})})
+    made = Rehearsal(one, {(): 1.0, one.defenses[1]: 100.0}, test_seconds=0.0, jobs=2, audit=None)
+    assert made.wall_seconds == made.one_training(one.defenses[1]) == 2 * 300 + 3
 
 
 def test_every_defense_is_timed(found: Rehearsal, plan: TrainingPlan) -> None:

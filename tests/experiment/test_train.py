@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import signal
 import stat
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -330,3 +333,32 @@ def test_the_presets_settings_teach_ten_clients_digits(tmp_path: Path) -> None:
     assert len(bare.rounds) == 21
     assert bare.accuracy >= 0.95
     assert bare.rounds[0].accuracy < 0.3
+
+
+def test_killed_in_the_middle_of_two_trainings_then_resumed(tmp_path: Path) -> None:
+    plan, folder = plan_of({"name": "top_k", "rate": 0.5, "feedback": True}, rounds=20), tmp_path / "cut"
+    (tmp_path / "plan.toml").write_text(plan.to_toml())
+    command = [sys.executable, "-c", "from keyhole.cli import main; main()", "train", str(tmp_path / "plan.toml")]
+    process = subprocess.Popen(
+        [*command, "--out", str(folder), "--jobs", "2"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 300
+    while process.poll() is None and time.monotonic() < deadline:
+        if len({path.parent for path in folder.glob("*/*/round-002.safetensors")}) == 2:
+            process.kill()
+            break
+        time.sleep(0.01)
+    assert process.wait(60) == -signal.SIGKILL, "it ended before it could be killed"
+    files, last, before = "*/*/round-*.safetensors", -1, dict[Path, int]()
+    while len(before) != last:  # the workers leave by themselves
+        last, before = len(before), {path: path.stat().st_mtime_ns for path in folder.glob(files)}
+        time.sleep(0.3)
+    assert last < 2 * 21
+    train(plan, folder)
+    # The newest file of each may be ahead of the account, and then its round is done again.
+    kept = [path for path in before if any(other.parent == path.parent and other > path for other in before)]
+    assert all(path.stat().st_mtime_ns == before[path] for path in kept), "a round was trained again"
+    train(plan, tmp_path / "whole")
+    whole = sorted((tmp_path / "whole").glob(files))
+    assert len(whole) == 2 * 21
+    assert all(path.read_bytes() == (folder / path.relative_to(tmp_path / "whole")).read_bytes() for path in whole)

@@ -18,11 +18,12 @@ from keyhole.experiment.setup import find_device, prepare
 from keyhole.experiment.spec import parse_experiment
 from keyhole.experiment.train import Trained
 from keyhole.experiment.training_plan import TrainingPlan, parse_training
-from keyhole.report.frontier import answer, points, write_frontier
+from keyhole.report.frontier import answer, guessing, points, write_frontier
 from keyhole.report.intervals import Estimate
 from keyhole.report.names import defense_name
 from keyhole.report.summarize import summarize
 from keyhole.report.write import read_audit
+from keyhole.zoo.datasets import load_data
 
 FILE = """
 [data]
@@ -182,7 +183,8 @@ def test_the_answer_sorts_defenses_by_how_they_did_and_then_by_accuracy(
 
     said = answer(
         [point("none", 0.97, 1.0), point("a", 0.8, 0.0), point("b", 0.9, 0.05), point("c", 0.7, 0.3),
-         point("d", 0.6, 0.5), point("e", 0.5, math.nan)]
+         point("d", 0.6, 0.5), point("e", 0.5, math.nan)],
+        0.1,
     )  # fmt: skip
     assert said == [
         "Without a defense the accuracy is 97.0 %, and 100 % of the attacked images leaked to the worst attacker.",
@@ -191,6 +193,32 @@ def test_the_answer_sorts_defenses_by_how_they_did_and_then_by_accuracy(
         "Fell: d (accuracy 60.0 %).",
         "Could not be scored: e (accuracy 50.0 %).",
     ]
+
+
+def test_the_answer_says_where_there_was_nothing_to_stop_and_what_learned_nothing(
+    plan: TrainingPlan, run: tuple[Path, list[Trained], dict[str, Any]]
+) -> None:
+    folder, done, _ = run
+    one = points(plan, done, summarize(*read_audit(folder / "audit")))[0]
+    found = [
+        replace(one, defense="none", accuracy=Estimate(0.96, 0.93, 0.98), leak_rate=Estimate(0.0)),
+        replace(one, defense="prune", accuracy=Estimate(0.95), leak_rate=Estimate(0.0)),
+        replace(one, defense="mask", accuracy=Estimate(0.17, 0.03, 0.31), leak_rate=Estimate(0.0)),
+    ]
+    assert answer(found, 0.114) == [
+        "Without a defense the accuracy is 96.0 % (93.0 to 98.0), and 0 % of the attacked images leaked to the worst "
+        "attacker.",
+        "Not broken by the attacks tried: prune (accuracy 95.0 %), mask (accuracy 17.0 %, not clearly above the 11.4 % "
+        "of guessing one class).",
+        "As there was next to nothing to stop, this says little about the defenses.",
+    ]
+    blind = answer([replace(found[0], accuracy=Estimate(0.1))], 0.114)
+    assert len(blind) == 1 and "10.0 %, not clearly above the 11.4 % of guessing one class, and 0 %" in blind[0]
+
+
+def test_guessing_one_class_names_the_most_frequent_of_the_held_out_images(plan: TrainingPlan) -> None:
+    held = load_data("digits", target=2, tune=0, public=8, candidates=0, train=96).train.labels[:50].tolist()
+    assert guessing(plan) == pytest.approx(max(held.count(label) for label in range(10)) / 50)
 
 
 def test_seen_needs_a_file_of_weights() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -37,10 +38,24 @@ class Rehearsal:
     """Trainings at a time."""
     audit: Prospect | None
 
+    def one_training(self, specs: tuple[Spec, ...]) -> float:
+        """Seconds of one training under a defense, whose first round is done without it too."""
+        federation = self.plan.federation
+        guard = federation.clients * self.client_seconds[()] if specs else 0.0
+        return federation.rounds * (federation.clients * self.client_seconds[specs] + self.test_seconds) + guard
+
     def core_seconds(self, specs: tuple[Spec, ...]) -> float:
         """All trainings under a defense."""
-        federation, seeds = self.plan.federation, len(self.plan.run.seeds)
-        return seeds * federation.rounds * (federation.clients * self.client_seconds[specs] + self.test_seconds)
+        return len(self.plan.run.seeds) * self.one_training(specs)
+
+    @property
+    def wall_seconds(self) -> float:
+        """Of all trainings, each begun in the order of the plan by the first worker that is free."""
+        free = [0.0] * self.jobs
+        for specs in self.plan.defenses:
+            for _ in self.plan.run.seeds:
+                heapq.heapreplace(free, free[0] + self.one_training(specs))
+        return max(free)
 
 
 def rehearse(plan: TrainingPlan, *, audit: bool, name: Namer, jobs: int = 0, device: str = "cpu") -> Rehearsal:
@@ -107,7 +122,7 @@ def rehearsal_in_words(found: Rehearsal, name: Namer) -> Iterator[str]:
         each, together = found.client_seconds[specs], in_hours(found.core_seconds(specs))
         yield f"  {label:{width}}  {each:.2g} s a client and round, {together}"
     whole = sum(map(found.core_seconds, plan.defenses))
-    yield f"  In all about {in_hours(whole / found.jobs)}, {found.jobs} at a time ({in_hours(whole)} of core time)."
+    yield f"  In all about {in_hours(found.wall_seconds)}, {found.jobs} at a time ({in_hours(whole)} of core time)."
     if found.audit is not None:
         cost, settings = found.audit.cost, found.audit.settings
         yield f"Audit: {sum(s.trials for s in settings)} trials in {len(settings)} settings."
@@ -116,4 +131,5 @@ def rehearsal_in_words(found: Rehearsal, name: Namer) -> Iterator[str]:
             f"time), about {found.audit.memory / 1e9:.1f} GB of memory."
         )
         yield f"  Prediction without a defense, {settings[0].setting}: {settings[0].feasibility.verdict}."
-    yield "Estimates, from the first round of one client and a few steps of each attack on this machine as it is now."
+    attacks = "" if found.audit is None else " and a few steps of each attack"
+    yield f"Estimates, from the first round of one client{attacks} on this machine as it is now."

@@ -25,7 +25,7 @@ SECRETS = "secrets"
 
 
 class Store:
-    """One output folder. As a context manager it holds the folder, so that two audits cannot mix in it."""
+    """One output folder. As a context manager it holds the folder, so that two commands cannot mix in it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -62,7 +62,7 @@ class Store:
         except OSError as error:
             os.close(self._lock)
             raise StoreError(
-                f"another audit is running in '{self.folder}'; wait for it or choose another --out."
+                f"another audit or training is running in '{self.folder}'; wait for it or choose another --out."
             ) from error
         return self
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 import multiprocessing
 import multiprocessing.connection
 import os
-import queue
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -188,7 +188,7 @@ def in_processes(
     jobs: int,
     report: Callable[[str, float], None],
 ) -> Iterator[tuple[str, Result]]:
-    """Call in worker processes of one torch thread each; results come as they are done.
+    """Call in worker processes of one torch thread each; results come as they are done, and warnings as they are given.
 
     Args:
         work: called with an item and a function that takes how far it is; must be picklable, and is copied once into
@@ -201,14 +201,19 @@ def in_processes(
         KeyholeError: a worker was killed. Whatever a call raises comes out here.
     """
     spawn = multiprocessing.get_context("spawn")
-    news: Any = spawn.Queue()
+    # Written to at once, so that what a call had to say is there when its result is.
+    news: Any = spawn.SimpleQueue()
     pool = ProcessPoolExecutor(min(jobs, len(items)), spawn, _start_worker, (work, news))
     try:
         running = {pool.submit(_call, name, item): name for name, item in items.items()}
         while running:
             finished, _ = wait(running, timeout=0.3, return_when=FIRST_COMPLETED)
-            for name, fraction in _drain(news):
-                report(name, fraction)
+            while not news.empty():
+                told = news.get()
+                if isinstance(told, str):
+                    warnings.warn(told, stacklevel=2)
+                else:
+                    report(*told)
             for future in finished:
                 yield running.pop(future), future.result()
     except BrokenProcessPool as error:
@@ -226,14 +231,6 @@ def in_processes(
             process.join(5)
 
 
-def _drain(news: Any) -> Iterator[tuple[str, float]]:
-    while True:
-        try:
-            yield news.get_nowait()
-        except queue.Empty:
-            return
-
-
 _worker: dict[str, Any] = {}
 
 
@@ -242,6 +239,7 @@ def _start_worker(work: Any, news: Any) -> None:
     threading.Thread(target=_die_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     keep_freed_memory()
+    warnings.showwarning = lambda message, *rest, **more: news.put(str(message))  # the parent knows how to show it
     _worker.update(work=work, news=news)
 
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from keyhole.experiment.frontier import Place, places
 from keyhole.experiment.store import Store
-from keyhole.experiment.train import Trained
+from keyhole.experiment.train import Problem, Trained
 from keyhole.experiment.training_plan import TrainingPlan
 from keyhole.report.intervals import Estimate
 from keyhole.report.names import UNDEFENDED, defense_name
@@ -136,9 +139,23 @@ def frontier_table(found: Sequence[Point]) -> list[Line]:
     return lines
 
 
-def answer(found: Sequence[Point]) -> list[str]:
-    """Which defenses held and what they cost, a sentence for each group; within it the most accurate first."""
+def guessing(plan: TrainingPlan) -> float:
+    """Accuracy of naming the most frequent class of the held-out images for all of them."""
+    with warnings.catch_warnings():  # the training has told of them
+        warnings.simplefilter("ignore")
+        _, labels = Problem(plan, torch.device("cpu")).test
+    return float(labels.bincount().max() / len(labels))
+
+
+def answer(found: Sequence[Point], chance: float) -> list[str]:
+    """Which defenses held and what they cost, a sentence for each group; within it the most accurate first.
+
+    Args:
+        found: the defenses.
+        chance: what `guessing` gives.
+    """
     said = []
+    idle = False
     groups: dict[str, list[Point]] = {title: [] for title, _ in GROUPS}
     for point in found:
         worst = point.leak_rate.value
@@ -146,13 +163,17 @@ def answer(found: Sequence[Point]) -> list[str]:
             leaks = "no attack could be scored" if math.isnan(worst) else (
                 f"{percent(worst)} % of the attacked images leaked to the worst attacker"
             )  # fmt: skip
-            said.append(f"Without a defense the accuracy is {accuracy_in_words(point.accuracy)}, and {leaks}.")
+            near = _near(point.accuracy, chance)
+            said.append(f"Without a defense the accuracy is {accuracy_in_words(point.accuracy)}{near}, and {leaks}.")
+            idle = worst <= NOT_BROKEN_UP_TO
         else:
             groups[next(title for title, holds in GROUPS if holds(worst))].append(point)
     for title, own in groups.items():
         if own:
-            names = (_priced(p) for p in sorted(own, key=lambda p: -p.accuracy.value))
+            names = (_priced(p, chance) for p in sorted(own, key=lambda p: -p.accuracy.value))
             said.append(f"{title}: {', '.join(names)}.")
+    if idle and any(groups.values()):
+        said.append("As there was next to nothing to stop, this says little about the defenses.")
     return said
 
 
@@ -165,12 +186,20 @@ GROUPS: tuple[tuple[str, Callable[[float], bool]], ...] = (
 """How a defense did by its worst leak rate, the first that holds; the bars are those of an audit's verdict."""
 
 
-def _priced(point: Point) -> str:
+def _priced(point: Point, chance: float) -> str:
     """A defense with its accuracy."""
-    return f"{point.defense} (accuracy {100 * point.accuracy.value:.1f} %)"
+    return f"{point.defense} (accuracy {100 * point.accuracy.value:.1f} %{_near(point.accuracy, chance)})"
 
 
-def rows_json(plan: TrainingPlan, done: Sequence[Trained], report: Report) -> dict[str, Any]:
+def _near(accuracy: Estimate, chance: float) -> str:
+    """Said of a network that may have learned nothing."""
+    low = accuracy.value if math.isnan(accuracy.low) else accuracy.low
+    return f", not clearly above the {100 * chance:.1f} % of guessing one class" if low <= chance else ""
+
+
+def rows_json(
+    plan: TrainingPlan, done: Sequence[Trained], report: Report, found: Sequence[Point], said: Sequence[str]
+) -> dict[str, Any]:
     """The report of the audit, each row with the training that its networks come from, and the points.
 
     ``accuracy`` is that of the training's end, ``epsilon`` that of the row's own defense over a whole training.
@@ -185,8 +214,7 @@ def rows_json(plan: TrainingPlan, done: Sequence[Trained], report: Report) -> di
         row["accuracy"] = plain(asdict(accuracy_of(runs[under])))
         row["round"] = place.round
         row["epsilon"] = plain(guarantee(runs[row["defense"]]))
-    found = points(plan, done, report)
-    given = {"answer": " ".join(answer(found)), "points": plain([asdict(p) for p in found]), "remarks": remarks(done)}
+    given = {"answer": " ".join(said), "points": plain([asdict(p) for p in found]), "remarks": remarks(done)}
     return {**whole, "kind": "frontier", **given}
 
 
@@ -196,24 +224,25 @@ def write_frontier(plan: TrainingPlan, done: Sequence[Trained], folder: Path) ->
     report = summarize(settings, outcomes)
     write_training(plan, done, folder)
     store = Store(folder)
-    text = json.dumps(rows_json(plan, done, report), indent=2, allow_nan=False) + "\n"
-    store.write_text("report.json", text)
     found = points(plan, done, report)
+    said = answer(found, guessing(plan))
+    text = json.dumps(rows_json(plan, done, report, found, said), indent=2, allow_nan=False) + "\n"
+    store.write_text("report.json", text)
     reconstructions, secrets = Store(folder / "audit").images()
     images = Images(secrets, reconstructions) if reconstructions else None
-    page = render_html(report, settings, outcomes, images, _section(found, remarks(done)))
-    return frontier_table(found), answer(found), store.write_text("report.html", page)
+    page = render_html(report, settings, outcomes, images, _section(found, said, remarks(done)))
+    return frontier_table(found), said, store.write_text("report.html", page)
 
 
-def _section(found: Sequence[Point], said: Sequence[str]) -> dict[str, Any]:
+def _section(found: Sequence[Point], said: Sequence[str], noted: Sequence[str]) -> dict[str, Any]:
     """What the page's section on accuracy shows."""
     from keyhole.report.figures import leaks_by_round, trade_off
 
     return {
-        "answer": answer(found),
+        "answer": list(said),
         "note": NOTE,
         "table": frontier_table(found),
-        "remarks": list(said),
+        "remarks": list(noted),
         "trade_off": trade_off([(p.defense, p.accuracy, p.leak_rate) for p in found]),
         "by_round": leaks_by_round([(p.defense, p.by_round) for p in found]),
     }
