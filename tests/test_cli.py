@@ -172,3 +172,9 @@ def test_help_shows_all_that_a_command_says_of_itself(command: CommandInfo, caps
     assert run(command.name, "--help") == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert " ".join(command.callback.__doc__.split()) in shown
+
+
+def test_help_explains_the_arguments_too(capsys: pytest.CaptureFixture[str]) -> None:
+    """Which it does not with every pair of typer and click."""
+    assert run("train", "--help") == 0
+    assert "A training preset's name or file." in " ".join(capsys.readouterr().out.split())
