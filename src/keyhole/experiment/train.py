@@ -84,6 +84,8 @@ class Trained:
     """Most gradients in a round into which one image goes."""
     right: tuple[bool, ...] = field(default=(), repr=False)
     """Which of the held-out images the network gets right after the last round."""
+    chance: float = math.nan
+    """Accuracy of naming their most frequent class for all of them."""
 
     @property
     def accuracy(self) -> float:
@@ -293,6 +295,7 @@ class Problem:
             before = after.weights
             told(run.what, after.number / self.federation.rounds)
         run.right = tuple(guessed_right(task, before, *self.test).tolist())
+        run.chance = float(self.test[1].bincount().max()) / len(run.right)
         return run
 
     def check(self, run: Trained) -> None:
