@@ -14,7 +14,7 @@ help:
 	@echo "make demo    install, audit a small network on faces, and write a report"
 	@echo "make test    run the tests"
 	@echo "make check   lint, types, layers and documentation"
-	@echo "make bench   time the lifted attacks"
+	@echo "make bench   time the lifted attacks, and measure Flower's mods"
 	@echo "make claims  measure what the documentation claims"
 	@echo "make docs    build the documentation into site/"
 	@echo "make clean   remove what was built; audits stay"
@@ -34,6 +34,7 @@ bench: $(VENV)/.keyhole-all
 	$(BIN)/python benchmarks/lifted.py
 	$(BIN)/python benchmarks/evaluations.py
 	$(BIN)/python benchmarks/inversion.py
+	$(BIN)/python benchmarks/flower_mods.py
 
 claims: $(VENV)/.keyhole-dev
 	$(BIN)/python tests/claims/measure.py

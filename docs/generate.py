@@ -159,12 +159,7 @@ def trainings_in_words(kept: dict[str, Any]) -> str:
 
 def signed(value: dict[str, float | None]) -> str:
     """A difference of shares in points with its interval, where there is one."""
-    if value["value"] is None:
-        return NOTHING
-    text = f"{100 * value['value']:+.1f}"
-    if value["low"] is None or value["high"] is None:
-        return text
-    return f"{text} ({100 * value['low']:+.1f} to {100 * value['high']:+.1f})"
+    return interval(value, "{:+.1f}", unit="")
 
 
 def measured_frontiers() -> Iterator[str]:
@@ -242,14 +237,14 @@ def inversion_line(row: dict[str, Any]) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-def interval(value: dict[str, float | None]) -> str:
-    """A share in percent with its interval, where there is one."""
-    if value["value"] is None:
+def interval(value: dict[str, float | None], form: str = "{:.1f}", unit: str = " %") -> str:
+    """A share in hundredths with its interval, where there is one."""
+    middle, low, high = (
+        None if value[end] is None else form.format(100 * value[end]) for end in ("value", "low", "high")
+    )
+    if middle is None:
         return NOTHING
-    text = f"{100 * value['value']:.1f} %"
-    if value["low"] is None or value["high"] is None:
-        return text
-    return f"{text} ({100 * value['low']:.1f} to {100 * value['high']:.1f})"
+    return f"{middle}{unit}" if low is None or high is None else f"{middle}{unit} ({low} to {high})"
 
 
 def measured_cells() -> Iterator[str]:

@@ -62,6 +62,44 @@ def test_pages_of_what_was_measured_are_current(generate: ModuleType) -> None:
         assert (generate.DOCS / name).read_text() == text, "run: python docs/generate.py"
 
 
+README_ACCURACY = {
+    "none (32 faces)": "none",
+    "random masking, 90 % (32 faces)": "random_masking(rate=0.9)",
+    "magnitude pruning, 90 % (32 faces)": "prune(rate=0.9)",
+    "Soteria, 40 % (16 CIFAR-10 images)": "soteria(rate=0.4)",
+    "Learning to Obscure Data, our reading (32 faces)": "obscuring(floor=0.05)",
+    "noise as large as the update's rms (32 faces)": "gaussian_noise(std=1, scale=rms)",
+}
+README_FRONTIER = {
+    "none": "none",
+    "random masking, 90 %": "random_masking(rate=0.9)",
+    "magnitude pruning, 90 %": "prune(rate=0.9)",
+    "rounding to 16 levels": "quantize(levels=16)",
+    "noise as large as the update's rms": "gaussian_noise(std=1, scale=rms)",
+    "DP-SGD, noise multiplier 1, epsilon 81": "dp_sgd(noise_multiplier=1)",
+}
+
+
+def test_the_readme_says_what_was_measured() -> None:
+    """Accuracies and leak rates of its two tables, row by row."""
+    lines = (HERE.parent.parent / "README.md").read_text().splitlines()
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    kept = {name: json.loads((HERE / "measured" / f"{name}.json").read_text()) for name in ("accuracy", "frontiers")}
+    said = {row[0]: row[3] for row in table if len(row) == 4 and row[0] in README_ACCURACY}
+    assert said.keys() == README_ACCURACY.keys()
+    for row, defense in README_ACCURACY.items():
+        measured = kept["accuracy"]["defenses"][defense]["accuracy"]["value"]
+        assert said[row].split(" %")[0] == f"{100 * measured:.0f}", row
+    points = {point["defense"]: point for point in kept["frontiers"]["frontier_mnist"]["points"]}
+    told = {row[0]: row[1:] for row in table if len(row) == 3 and row[0] in README_FRONTIER}
+    assert told.keys() == README_FRONTIER.keys()
+    for row, defense in README_FRONTIER.items():
+        accuracy, leaks = points[defense]["accuracy"], points[defense]["leak_rate"]
+        bounds = [f"{100 * leaks[end]:.0f}" for end in ("value", "low", "high")]
+        assert told[row] == [f"{100 * accuracy['value']:.1f} %", "{} % ({} to {})".format(*bounds)], row
+    assert f"{points['dp_sgd(noise_multiplier=1)']['epsilon']:.0f}" == "81"
+
+
 def test_an_unmet_claim_stays_visible(measure: ModuleType) -> None:
     card = {**next(iter(CARDS.values())), "claimed": {"at_least": 0.9}, "measured": 0.5, "interval": [0.4, 0.6]}
     assert measure.is_met(card) is False

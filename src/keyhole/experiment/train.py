@@ -331,7 +331,7 @@ class Problem:
     def _images(self) -> str:
         held, labels = self.test
         own = {"inputs": self.inputs, "labels": self.labels, "held": held, "their labels": labels}
-        return digest(own, {"public": self.public.inputs})
+        return digest(own, {"public": self.public.inputs, "their labels": self.public.targets})
 
     def task(self, specs: tuple[Spec, ...]) -> Task:
         """What clients under these defenses train."""

@@ -119,6 +119,8 @@ def read_tensors(path: Path) -> tuple[Tensors, dict[str, Any]]:
 
     with safe_open(str(path), framework="pt") as file:
         account = json.loads((file.metadata() or {})[_ACCOUNT])
+        if not isinstance(account, dict):
+            raise ValueError("its account is none")
         return {name: file.get_tensor(name) for name in file.keys()}, account  # noqa: SIM118  (no dictionary)
 
 
