@@ -35,6 +35,8 @@ from keyhole.experiment.layers import with_layers
 from keyhole.experiment.overrides import read_value
 from keyhole.experiment.plan import Group
 from keyhole.experiment.prospect import in_words
+from keyhole.experiment.rehearsal import rehearsal_in_words, rehearse, study_to_come
+from keyhole.experiment.sections import Study
 from keyhole.experiment.spec import load_study, presets
 from keyhole.experiment.template import write_template
 from keyhole.experiment.train import Trained, train
@@ -169,7 +171,7 @@ def train_command(
     if dry:
         if backend == "flower":
             raise ConfigError("--dry-run times the lifted backend; leave out --backend.")
-        _rehearse(plan, jobs, device, ray, audit=False)
+        _rehearse(plan, None, jobs, device, ray)
         return
     folder = out_dir or Path("trainings") / plan.title
     if backend == "flower":
@@ -204,7 +206,7 @@ def frontier_command(
 
     plan = load_training(source, overrides or [])
     if dry:
-        _rehearse(plan, jobs, device, ray, audit=True)
+        _rehearse(plan, study_to_come(plan, defense_name), jobs, device, ray)
         return
     folder = out_dir or Path("frontiers") / plan.title
     with _workers(ray, jobs, device) as workers:
@@ -418,13 +420,12 @@ def _interruptible(work: Callable[[_Bars], _T]) -> _T:
         raise typer.Exit(130) from None
 
 
-def _rehearse(plan: TrainingPlan, jobs: int, device: str, ray: str | None, *, audit: bool) -> None:
-    from keyhole.experiment.rehearsal import rehearsal_in_words, rehearse
+def _rehearse(plan: TrainingPlan, study: Study | None, jobs: int, device: str, ray: str | None) -> None:
     from keyhole.report.names import defense_name
 
     if ray is not None:
         raise ConfigError("--dry-run measures this machine; leave out --ray.")
-    found = rehearse(plan, audit=audit, name=defense_name, jobs=jobs, device=device)
+    found = rehearse(plan, study, jobs=jobs, device=device)
     print("\n".join(rehearsal_in_words(found, defense_name)))
 
 

@@ -10,7 +10,7 @@ import pytest
 from command_line import run
 from keyhole.errors import ConfigError
 from keyhole.experiment.frontier import frontier
-from keyhole.experiment.rehearsal import Rehearsal, rehearsal_in_words, rehearse
+from keyhole.experiment.rehearsal import Rehearsal, rehearsal_in_words, rehearse, study_to_come
 from keyhole.experiment.training_plan import TrainingPlan, parse_training
 from keyhole.report.names import defense_name
 from keyhole.report.write import read_audit
@@ -58,7 +58,7 @@ def plan() -> TrainingPlan:
 
 @pytest.fixture(scope="module")
 def found(plan: TrainingPlan) -> Rehearsal:
-    return rehearse(plan, audit=True, name=defense_name, jobs=1)
+    return rehearse(plan, study_to_come(plan, defense_name), jobs=1)
 
 
 def test_an_audit_is_rehearsed_with_all_the_trials_that_it_will_have(
@@ -107,7 +107,7 @@ def test_every_defense_is_timed(found: Rehearsal, plan: TrainingPlan) -> None:
 def test_an_audit_that_the_file_has_not_cannot_be_rehearsed() -> None:
     bare = parse_training(tomllib.loads(FILE[: FILE.index("[audit]")]), "bare")
     with pytest.raises(ConfigError, match=r"needs an \[audit\] section"):
-        rehearse(bare, audit=True, name=defense_name)
+        study_to_come(bare, defense_name)
 
 
 def test_the_command_leaves_nothing_behind(

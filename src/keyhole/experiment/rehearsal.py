@@ -15,7 +15,7 @@ from keyhole.experiment.dryrun import dry_run
 from keyhole.experiment.frontier import Namer, study_at
 from keyhole.experiment.plan import build_defense
 from keyhole.experiment.prospect import Prospect, in_hours
-from keyhole.experiment.sections import StateSection
+from keyhole.experiment.sections import StateSection, Study
 from keyhole.experiment.setup import find_device
 from keyhole.experiment.train import Problem, training_key
 from keyhole.experiment.training_plan import TrainingPlan
@@ -58,25 +58,25 @@ class Rehearsal:
         return max(free)
 
 
-def rehearse(plan: TrainingPlan, *, audit: bool, name: Namer, jobs: int = 0, device: str = "cpu") -> Rehearsal:
-    """Time the first round of one client under each defense, and the attacks of the audit on untrained networks.
+def study_to_come(plan: TrainingPlan, name: Namer) -> Study:
+    """A frontier's audit before its trainings: networks that are not there yet have a name in place of a file.
+
+    Raises:
+        ConfigError: the plan has no ``[audit]``.
+    """
+    return study_at(plan, lambda index, number: StateSection(train=f"defense {index}, round {number}"), name)
+
+
+def rehearse(plan: TrainingPlan, study: Study | None = None, *, jobs: int = 0, device: str = "cpu") -> Rehearsal:
+    """Time the first round of one client under each defense, and the attacks of an audit on untrained networks.
 
     Args:
         plan: what would be trained.
-        audit: whether its ``[audit]`` would follow.
-        name: names of defenses, for the settings of the audit.
+        study: the `study_to_come` that would follow, if any.
         jobs: processes that it would have; 0 for one a core.
         device: ``cpu`` or ``cuda``.
-
-    Raises:
-        ConfigError: ``audit``, and the plan has no ``[audit]``.
     """
     where = find_device(device)
-    study = (
-        study_at(plan, lambda *place: StateSection(train=f"defense {place[0]}, round {place[1]}"), name)
-        if audit
-        else None
-    )
     problem = Problem(plan, where)
     with one_thread(where):
         _one_client(problem, ())  # a process does some things once
@@ -84,7 +84,6 @@ def rehearse(plan: TrainingPlan, *, audit: bool, name: Namer, jobs: int = 0, dev
         began = time.perf_counter()
         accuracy(problem.task(()), problem.fresh((), plan.run.seeds[0]), *problem.test)
         tested = time.perf_counter() - began
-    # Untrained networks are there; all others have a name in place of a file.
     known = None if study is None else dry_run(study, jobs=jobs, device=device, later=lambda s: s.train != "none")
     at_a_time = min((jobs or available_cores()) if where.type == "cpu" else 1, len(plan.defenses) * len(plan.run.seeds))
     return Rehearsal(plan, seconds, tested, at_a_time, known)
