@@ -182,6 +182,18 @@ def test_noise_that_differs_between_tensors_or_grows_with_the_update_is_found() 
         found.expect(noise_std=STD)
 
 
+def test_noise_of_one_size_is_not_called_another_by_chance() -> None:
+    """A single number among many in few messages: 95 % intervals of its size were apart from the rest's in 1 of 80."""
+    rng = np.random.default_rng(0)
+    for draw in (rng.standard_normal, lambda size: rng.laplace(size=size)):
+        for _ in range(400):
+            rest = draw((16, 60))
+            assert not checked._other_std(rest[:, :1], rest)
+    rest = rng.standard_normal((16, 60))
+    assert checked._other_std(4 * rest[:, :4], rest) and checked._other_std(rest, 2 * rest)
+    assert checked._other_std(0 * rest, rest) and not checked._other_std(0 * rest, 0 * rest)
+
+
 def test_laplace_noise_is_told_from_gaussian() -> None:
     rng = np.random.default_rng(5)
     found = facts(lambda moved, *_: {n: one + STD * rng.laplace(size=one.shape) for n, one in moved.items()})
