@@ -47,10 +47,9 @@ def plain(num_classes):
         (["audit", "fases", "--dry-run"], "did you mean 'faces'"),
         (["audit", "normed.toml", "--dry-run"], 'batchnorm = "eval"'),
         (["audit", "quick", "--json"], "--dry-run"),
-        (["audit", "--transcript", ".", "--model", "nets_under_test:plain", "--jobs", "2"], "leave out --jobs"),
         (
             ["audit", "--transcript", ".", "--model", "nets_under_test:plain", "--device", "cuda"],
-            "works in one process on a CPU",
+            "works on a CPU",
         ),
         (["audit", "--transcript", ".", "--model", "nets_under_test:plain", "--seconds", "1"], "never pauses"),
         (["init", "normed.toml"], "exists already"),

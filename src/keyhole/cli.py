@@ -120,11 +120,9 @@ def audit_command(
     if transcript is not None:
         if source is not None or model is None or layers or dry or as_json or ray:
             raise ConfigError("--transcript goes with --model, and with --secrets, --out and --set where wanted.")
-        if jobs or device != "cpu" or seconds:
-            raise ConfigError(
-                "--transcript works in one process on a CPU and never pauses; leave out --jobs, --device and --seconds."
-            )
-        _audit_transcript(transcript, model, secrets, overrides or [], out_dir or Path("audits") / "transcript")
+        if device != "cpu" or seconds:
+            raise ConfigError("--transcript works on a CPU and never pauses; leave out --device and --seconds.")
+        _audit_transcript(transcript, model, secrets, overrides or [], out_dir or Path("audits") / "transcript", jobs)
         return
     if source is None or model is not None or secrets is not None:
         raise ConfigError("name a preset or an audit file, or give --transcript with --model (and --secrets).")
@@ -458,11 +456,17 @@ def _report(folder: Path) -> None:
     out.print(f"\nReport: {html.resolve()}", highlight=False, soft_wrap=True)
 
 
-def _audit_transcript(transcript: Path, model: str, secrets: Path | None, changes: list[str], folder: Path) -> None:
+def _audit_transcript(
+    transcript: Path, model: str, secrets: Path | None, changes: list[str], folder: Path, jobs: int
+) -> None:
     from keyhole.experiment.recorded import audit_transcript
     from keyhole.report.recorded import conclusion, lines, remarks, told, write_recorded
 
-    findings = audit_transcript(transcript, model, secrets, tuple(changes))
+    findings = _interruptible(
+        lambda bars: audit_transcript(
+            transcript, model, secrets, tuple(changes), out=folder, jobs=jobs, told=bars.training
+        )
+    )
     html = write_recorded(findings, folder)
     head, *rows = lines(findings)
     # Wrapped rather than cut: which attacker a line is about must be there to read.

@@ -13,7 +13,7 @@ from recorded_case import LR, MODEL, QUICK, Small, keep, moved, record
 from torch import Tensor
 
 from keyhole.errors import ConfigError, DataError, UnknownName
-from keyhole.experiment import recorded
+from keyhole.experiment import recorded_work
 from keyhole.experiment.recorded import audit_transcript
 from keyhole.experiment.transcript import as_json, round_folder
 from keyhole.metrics.image import structural_similarity
@@ -72,8 +72,8 @@ def test_the_learning_rate_is_estimated_where_nobody_says_it(
     assert float(structural_similarity(finding.attempts[0].guesses, image[0])) > 0.9
     given = audit_transcript(folder, MODEL, changes=(QUICK, "lr=0.25")).found[0].training
     assert given.rule.lr == 0.25 and given.scale_known
-    quick = tuple({**options, "steps": 2, "restarts": 1} for options in recorded.ONE_STEP)
-    monkeypatch.setattr(recorded, "ONE_STEP", quick)
+    quick = tuple({**options, "steps": 2, "restarts": 1} for options in recorded_work.ONE_STEP)
+    monkeypatch.setattr(recorded_work, "ONE_STEP", quick)
     # By default only an attack that does not mind the scale is tried.
     names = [a.attack for a in audit_transcript(folder, MODEL, changes=("images=1",)).found[0].attempts]
     assert names == ["inverting_gradients"]

@@ -11,7 +11,8 @@ from recorded_case import LR, keep, moved, record
 from torch import Tensor, nn
 
 from keyhole.errors import ConfigError
-from keyhole.experiment.recorded import Finding, audit_transcript
+from keyhole.experiment.recorded import audit_transcript
+from keyhole.experiment.recorded_work import Finding
 from keyhole.report.recorded import leaks
 
 IMAGES = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(2))

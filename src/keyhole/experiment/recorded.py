@@ -2,51 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-import keyhole.experiment.spec  # noqa: F401  (fills the registries)
-from keyhole.core.attack import Attack
-from keyhole.core.defense import Counter, chain
 from keyhole.core.modes import drop_layers, norm_layers
-from keyhole.core.registry import ATTACKS, DEFENSES
 from keyhole.core.task import Bounds, Task
+from keyhole.core.told import Told, silent
 from keyhole.errors import ConfigError, DataError, Refused
-from keyhole.experiment.feasibility import Reason, Verdict
-from keyhole.experiment.options import method
-from keyhole.experiment.recorded_attack import Attempt, attempt, explained_up_to
-from keyhole.experiment.recorded_batchnorm import statistics_of
-from keyhole.experiment.recorded_prediction import predict
-from keyhole.experiment.recorded_training import Known, Training, known_from, training_of
+from keyhole.experiment.recorded_training import Known, known_from, training_of
+from keyhole.experiment.recorded_work import Case, Finding, attack_all
 from keyhole.experiment.setup import SMALLEST
-from keyhole.experiment.transcript import Recorded, Secret, read_secret, read_transcript
+from keyhole.experiment.transcript import Recorded, Secret, read_secret, read_transcript, round_folder
 from keyhole.zoo.models import build_model
-
-ONE_STEP = (
-    {"name": "idlg", "steps": 400, "restarts": 2},
-    {"name": "inverting_gradients", "steps": 800, "restarts": 2, "tv": 0.0},
-)
-"""Attacks on one step where nothing else is said: the second finds its way where there are kinks."""
-
-STEPS = ({"name": "inverting_gradients", "steps": 800, "restarts": 2},)
-"""Attacks on several steps."""
-
-
-@dataclass(frozen=True, eq=False)
-class Finding:
-    """One update, and what came of the attacks on it."""
-
-    update: Recorded
-    training: Training
-    verdict: Verdict
-    reasons: tuple[Reason, ...]
-    attempts: tuple[Attempt, ...]
-    truth: Tensor | None
-    """Secret pixels, where they were given."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +41,16 @@ class Findings:
     """Attacked updates for which the folder of secrets has nothing."""
 
 
-def audit_transcript(folder: Path, model: str, secrets: Path | None = None, changes: tuple[str, ...] = ()) -> Findings:
+def audit_transcript(
+    folder: Path,
+    model: str,
+    secrets: Path | None = None,
+    changes: tuple[str, ...] = (),
+    *,
+    out: Path | None = None,
+    jobs: int = 1,
+    told: Told = silent,
+) -> Findings:
     """Attack the updates of a transcript.
 
     Args:
@@ -75,20 +58,22 @@ def audit_transcript(folder: Path, model: str, secrets: Path | None = None, chan
         model: ``package.module:factory`` of what was trained.
         secrets: what `keyhole.fl.record_batches` wrote in a test run; used for scores alone, after the attacks.
         changes: ``KEY=VALUE`` for the fields of `Known`.
+        out: the output folder, where attacks are kept and found again; `None` keeps none.
+        jobs: updates attacked at a time; 0 for one a core.
+        told: told which update is how far.
     """
     known = known_from(changes)
     if secrets is not None and not secrets.is_dir():
         raise DataError(f"there is no folder of secrets '{secrets}'.")
-    shape = tuple(known.shape or ())
-    network = build_model(model, input_shape=shape, num_classes=known.classes or 0, options={}, seed=known.seed)
     if known.sum and known.clients is not None:
         raise ConfigError("sum=true is the sum over all clients of a round; leave out clients.")
-    transcript = read_transcript(folder, network, known.rounds, known.clients)
-    task = _task(network, known)
-    missing = list(transcript.missing)
-    planned: list[tuple[Recorded, Training, Secret | None]] = []
+    trained = _Trained(model, known)
+    transcript = read_transcript(folder, trained.network, known.rounds, known.clients)
+    task = trained.task
+    missing, unscored = list(transcript.missing), []
+    cases: dict[str, Case] = {}
     for parts in _views(transcript.updates, known.sum):
-        if len(planned) == known.most:
+        if len(cases) == known.most:
             break
         try:
             if known.sum and parts[0].round in transcript.unread:
@@ -100,14 +85,53 @@ def audit_transcript(folder: Path, model: str, secrets: Path | None = None, chan
             missing.append(f"round {parts[0].round}, {name}: {error}")
             continue
         # All of them before the first attack, which takes long.
-        planned.append((one, training, None if secrets is None else _secrets(task, secrets, parts)))
-    if not planned:
+        secret = None if secrets is None else _secrets(task, secrets, parts)
+        if secrets is not None and secret is None:
+            unscored.append(one.name)
+        cases[_name(one, cases)] = Case(one, training, secret, known)
+    if not cases:
         raise DataError(f"no recorded update can be attacked: {missing[-1]}")
-    found = tuple(_finding(network, task, *one, known) for one in planned)
-    unscored = () if secrets is None else tuple(one.name for one, _, secret in planned if secret is None)
+    found = tuple(attack_all(cases, trained, out, jobs, told))
     return Findings(
-        folder, model, transcript.about, transcript.recorded, tuple(missing), found, known, transcript.gaps, unscored
-    )
+        folder, model, transcript.about, transcript.recorded, tuple(missing), found, known, transcript.gaps,
+        tuple(unscored),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Trained:
+    """What was trained, as the user names it."""
+
+    model: str
+    known: Known
+
+    @cached_property
+    def network(self) -> nn.Module:
+        """With any weights."""
+        known = self.known
+        shape = tuple(known.shape or ())
+        return build_model(self.model, input_shape=shape, num_classes=known.classes or 0, options={}, seed=known.seed)
+
+    @cached_property
+    def task(self) -> Task:
+        """What clients did with it."""
+        return _task(self.network, self.known)
+
+    def __call__(self, number: int) -> tuple[nn.Module, Task]:
+        """There is one only."""
+        return self.network, self.task
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Made anew in each worker: a user's network need not be one that can be sent."""
+        return _Trained, (self.model, self.known)
+
+
+def _name(one: Recorded, taken: Mapping[str, Case]) -> str:
+    """Of the file that keeps an update's attacks; what a client is called comes from outside."""
+    name = f"{round_folder(one.round)}-" + re.sub(r"[^0-9A-Za-z-]+", "-", f"client {one.client}"[:100])
+    while name in taken:
+        name += "-"
+    return name
 
 
 def _views(updates: tuple[Recorded, ...], together: bool) -> list[list[Recorded]]:
@@ -164,37 +188,6 @@ def summed(parts: list[Recorded]) -> Recorded:
     return Recorded(
         first.round, f"sum of {len(parts)}", first.weights, update, examples, first.config, moved, tuple(parts)
     )
-
-
-def _finding(
-    network: nn.Module, task: Task, one: Recorded, training: Training, secret: Secret | None, known: Known
-) -> Finding:
-    attacks = [method(ATTACKS, raw, "attack") for raw in known.attacks or (ONE_STEP if training.steps == 1 else STEPS)]
-    built: list[tuple[str, Attack]] = [(spec.name, ATTACKS.build(spec.name, **spec.asdict())) for spec in attacks]
-    if not training.scale_known:
-        # A distance of lengths would compare with a guess at the learning rate.
-        free = [(name, attack) for name, attack in built if name == "inverting_gradients"]
-        built = free if known.attacks is None else built
-    links = [method(DEFENSES, raw, "defense") for raw in known.defense]
-    defense = chain(*(DEFENSES.build(spec.name, **spec.asdict()) for spec in links))
-    counters = [Counter(), *defense.counters()] if links else [Counter()]
-    if one.parts and links:
-        words = "counters of the defense are made for one client's update, and tried on the sum as they are"
-        training = replace(training, words=(*training.words, words))
-    statistics, words = statistics_of(network, task, one, training)
-    one = replace(one, statistics=statistics)
-    training = replace(training, words=(*training.words, *filter(None, [words])))
-    verdict, reasons = predict(task, one, training, [attack for _, attack in built], [spec.name for spec in links])
-    attempts = tuple(
-        replace(
-            attempt(task, one, training, name, attack, counter, known.seed, secret),
-            explained_up_to=explained_up_to(task, one, training, counter, defense if links else None),
-        )
-        for name, attack in built
-        for counter in counters
-    )
-    truth = None if secret is None else task.bounds.to_pixels(secret.inputs.float())
-    return Finding(one, training, verdict, reasons, attempts, truth)
 
 
 OUTSIDE = 1e-3

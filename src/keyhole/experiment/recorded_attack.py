@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from keyhole.experiment.run import START_JITTER
 from keyhole.experiment.transcript import Recorded, Secret
 from keyhole.metrics.matching import assign
 from keyhole.parts.labels import multiset_overlap
-from keyhole.solve.drive import Solved, solve
+from keyhole.solve.drive import Solved, Watch, solve
 from keyhole.solve.lift import Shared, stack
 
 SECOND = (
@@ -85,8 +85,12 @@ def attempt(
     counter: Counter,
     seed: int,
     secret: Secret | None,
+    watch: Watch | None = None,
 ) -> Attempt:
-    """Attack; with the secret also noise of the same size, so that both are scored."""
+    """Attack; with the secret also noise of the same size, so that both are scored.
+
+    Progress and checkpoint of ``watch`` are those of both.
+    """
     attacker = "naive" if counter.name == "naive" else f"adaptive:{counter.name}"
     key = fold_in(new_key(seed), f"transcript {one.round} {one.client}")
     seen = [one.observation]
@@ -97,8 +101,13 @@ def attempt(
         seen.append(seen[0]._replace(update=noise, statistics=None))
     # What is solved together sees the same fields.
     runs = [seen] if one.statistics is None else [[each] for each in seen]
+    watches = [_part(watch or Watch(), place, len(runs)) for place in range(len(runs))]
     try:
-        solved, *blind = [found for run in runs for found in _solved(task, run, training, attack, counter, key)]
+        solved, *blind = [
+            found
+            for run, own in zip(runs, watches, strict=True)
+            for found in _solved(task, run, training, attack, counter, key, own)
+        ]
     except Refused as error:
         nothing = torch.zeros(0, *task.input_shape)
         return Attempt(name, attacker, "refused", math.nan, nothing, (), 0, str(error))
@@ -117,6 +126,18 @@ def attempt(
     score = float(solved.reconstruction.score) if counter.then is None else math.nan
     detail = "" if counter.then is None else SECOND
     return Attempt(name, attacker, solved.status, score, guesses, labels, solved.evaluations, detail, metrics, control)
+
+
+def _part(watch: Watch, place: int, count: int) -> Watch:
+    """What follows one of several groups."""
+    if count == 1:
+        return watch
+    path = watch.checkpoint
+    return replace(
+        watch,
+        checkpoint=None if path is None else path.with_name(f"{path.stem}-{place}{path.suffix}"),
+        progress=lambda fraction: watch.progress((place + fraction) / count),
+    )
 
 
 def explained_up_to(
@@ -160,7 +181,13 @@ def _scored(task: Task, guesses: Tensor, secret: Secret) -> tuple[Tensor, dict[s
 
 
 def _solved(
-    task: Task, seen: list[Observation], training: Training, attack: Attack, counter: Counter, key: Tensor
+    task: Task,
+    seen: list[Observation],
+    training: Training,
+    attack: Attack,
+    counter: Counter,
+    key: Tensor,
+    watch: Watch,
 ) -> list[Solved]:
     """The attack on several observations from the same weights, with the same start."""
     belief: Belief = Simulated(training.rule)
@@ -187,7 +214,7 @@ def _solved(
             raise Refused("its second attack works on images, and this attack finds none.")
         # Elsewhere it starts from the mean of public images.
         then = _gray(task, counter.then, training.images, keys)
-    return solve(attack, task, threat, (stack(seen, shared),), images, keys, shared, then_images=then)
+    return solve(attack, task, threat, (stack(seen, shared),), images, keys, shared, watch, then_images=then)
 
 
 def _gray(task: Task, attack: IterativeAttack, images: int, keys: Tensor) -> Tensor:

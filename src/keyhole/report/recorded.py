@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from keyhole.errors import StoreError
-from keyhole.experiment.recorded import Finding, Findings
+from keyhole.experiment.recorded import Findings
 from keyhole.experiment.recorded_attack import Attempt
+from keyhole.experiment.recorded_work import Finding
 from keyhole.report.groups import LEAK_MARGIN, LEAK_SSIM, SLACK
 from keyhole.solve.files import make_folder, tensors_as_bytes, write_whole
 

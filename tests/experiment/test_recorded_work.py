@@ -1,0 +1,169 @@
+"""Attacks on recorded updates are kept: what is done is not done twice, and side by side comes out as one by one."""
+
+from __future__ import annotations
+
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from recorded_case import LR, MODEL, Small, keep, moved, record
+from torch import Tensor
+
+from keyhole.errors import ConfigError, StoreError
+from keyhole.experiment import recorded_work
+from keyhole.experiment.recorded import Findings, audit_transcript
+from keyhole.experiment.recorded_attack import Attempt
+from keyhole.experiment.store import Store
+from keyhole.solve.drive import Watch
+
+BRIEF = 'attacks=[{name="idlg",steps=30,restarts=1},{name="inverting_gradients",steps=30,restarts=1}]'
+
+
+def pictures(count: int) -> list[tuple[Tensor, Tensor]]:
+    random = torch.Generator().manual_seed(1)
+    return [(torch.rand(1, 1, 8, 8, generator=random), torch.tensor([i % 4])) for i in range(count)]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two clients with an image each, and their secrets."""
+    torch.manual_seed(3)
+    model = Small()
+    one, two = pictures(2)
+    updates = {"7": moved(model, [one]), "8": moved(model, [two])}
+    keep(tmp_path / "s", "7", *one)
+    keep(tmp_path / "s", "8", *two)
+    record(tmp_path / "t", model, updates, {"7": 1, "8": 1}, lr=LR)
+    return tmp_path
+
+
+def run(folder: Path, *changes: str, out: str | None = "out", secrets: str = "s", **how: Any) -> Findings:
+    place = None if out is None else folder / out
+    return audit_transcript(folder / "t", MODEL, folder / secrets, (BRIEF, *changes), out=place, **how)
+
+
+def same(one: Findings, two: Findings) -> None:
+    assert [f.update.name for f in one.found] == [f.update.name for f in two.found]
+    for a, b in zip(one.found, two.found, strict=True):
+        assert (a.verdict, a.reasons, a.training) == (b.verdict, b.reasons, b.training)
+        assert torch.equal(a.truth, b.truth)  # type: ignore[arg-type]
+        for first, second in zip(a.attempts, b.attempts, strict=True):
+            told = [{k: v for k, v in vars(x).items() if k != "guesses"} for x in (first, second)]
+            assert told[0] == told[1] and torch.equal(first.guesses, second.guesses)
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """Which update and attack were run."""
+    done: list[tuple[str, str]] = []
+    real = recorded_work.attempt
+
+    def attempt(task: Any, one: Any, training: Any, name: str, *rest: Any) -> Attempt:
+        done.append((one.client, name))
+        return real(task, one, training, name, *rest)
+
+    monkeypatch.setattr(recorded_work, "attempt", attempt)
+    return done
+
+
+def test_side_by_side_kept_and_read_again_is_all_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = run(folder, out=None)
+    together = run(folder, jobs=2)
+    same(alone, together)
+    done = counted(monkeypatch)
+    same(together, run(folder))
+    assert not done
+    files = sorted((folder / "out" / "updates").iterdir())
+    assert [path.name for path in files] == ["round-0001-client-7.safetensors", "round-0001-client-8.safetensors"]
+    assert all(stat.S_IMODE(path.stat().st_mode) == 0o600 for path in files)
+
+
+def test_an_attack_that_was_cut_off_goes_on_and_those_before_it_are_not_run_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run(folder, out=None)
+    real = recorded_work.attempt
+
+    def cut(task: Any, one: Any, training: Any, name: str, *rest: Any) -> Attempt:
+        *rest, watch = rest
+        if (one.client, name) != ("8", "inverting_gradients"):
+            return real(task, one, training, name, *rest, watch)
+        monkeypatch.setattr("keyhole.solve.drive.CHECKPOINT_SECONDS", 0.0)
+
+        def progress(fraction: float) -> None:
+            if watch.checkpoint.exists():
+                raise KeyboardInterrupt
+
+        return real(task, one, training, name, *rest, Watch(watch.limit, watch.checkpoint, progress))
+
+    monkeypatch.setattr(recorded_work, "attempt", cut)
+    with pytest.raises(KeyboardInterrupt):
+        run(folder)
+    (checkpoint,) = (folder / "out" / "updates" / "checkpoints").iterdir()
+    monkeypatch.setattr(recorded_work, "attempt", real)
+    done, fractions = counted(monkeypatch), list[tuple[str, float]]()
+    same(whole, run(folder, told=lambda what, fraction: fractions.append((what, fraction))))
+    assert done == [("8", "inverting_gradients")]
+    # Two attacks, and a third of the second was done.
+    going = [fraction for what, fraction in fractions if what == "round-0001-client-8"]
+    assert going[0] > 0.75 and going[-1] == 1.0
+    assert not checkpoint.exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "again"),
+    [
+        (["seed=1"], 4),
+        (['defense=[{name="prune",rate=0.5}]'], 8),
+        (["images=2"], 4),
+        (['clients=["8"]'], 0),
+    ],
+)
+def test_what_is_known_otherwise_is_attacked_anew(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, changes: list[str], again: int
+) -> None:
+    run(folder)
+    done = counted(monkeypatch)
+    run(folder, *changes)
+    assert len(done) == again
+
+
+def test_other_secrets_or_updates_are_not_taken_for_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = run(folder)
+    other = pictures(3)[2]
+    for client in "78":
+        keep(folder / "other", client, *other)
+    done = counted(monkeypatch)
+    after = run(folder, secrets="other")
+    assert len(done) == 4
+    assert before.found[0].attempts[0].metrics["ssim"] != after.found[0].attempts[0].metrics["ssim"]
+    assert torch.equal(before.found[0].attempts[0].guesses, after.found[0].attempts[0].guesses)
+
+
+def test_a_damaged_file_is_told_and_done_again(folder: Path) -> None:
+    whole = run(folder)
+    path = folder / "out" / "updates" / "round-0001-client-7.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.warns(UserWarning, match="client-7.safetensors is damaged .* attacked anew"):
+        same(whole, run(folder))
+
+
+def test_wrong_input_leaves_nothing_and_a_folder_in_use_is_refused(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="steps"):
+        audit_transcript(folder / "t", MODEL, changes=('attacks=[{name="idlg",steps=0}]',), out=folder / "out")
+    assert not (folder / "out").exists()
+    with Store(folder / "out"), pytest.raises(StoreError, match="another audit or training is running"):
+        run(folder)
+
+
+def test_names_of_clients_cannot_leave_the_folder(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    model = Small()
+    picture = pictures(1)[0]
+    record(tmp_path / "t", model, {"7": moved(model, [picture])}, {"7": 1}, lr=LR)
+    place = tmp_path / "t" / "round-0001" / "round.json"
+    place.write_text(place.read_text().replace('"client": "7"', '"client": "../../7"'))
+    found = audit_transcript(tmp_path / "t", MODEL, changes=(BRIEF,), out=tmp_path / "out")
+    assert found.found[0].update.client == "../../7"
+    assert [path.name for path in (tmp_path / "out" / "updates").iterdir()] == ["round-0001-client-7.safetensors"]
