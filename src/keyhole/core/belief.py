@@ -32,6 +32,10 @@ class Belief(Protocol):
         """What the upload is thought to be a multiple of, for label rules that need a gradient."""
         ...
 
+    def steps(self, examples: int) -> int:
+        """Local steps that the upload is thought to be made of."""
+        ...
+
     def unknowns(self, like: Tensor, key: Key) -> Tensors:
         """Start values of what the belief leaves open, in dtype and device of ``like``, the (copies x b) guesses."""
         ...
@@ -77,6 +81,10 @@ class Simulated:
     def scale(self, examples: int) -> float:
         """That of the rule."""
         return self.rule.scale(examples)
+
+    def steps(self, examples: int) -> int:
+        """That of the rule."""
+        return self.rule.steps(examples)
 
     def unknowns(self, like: Tensor, key: Key) -> Tensors:
         """None."""

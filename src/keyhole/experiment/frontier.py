@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +11,17 @@ from keyhole.core.trial import Spec
 from keyhole.errors import ConfigError
 from keyhole.experiment.audit import Progress, Silent, audit
 from keyhole.experiment.sections import StateSection, Study
+from keyhole.experiment.sent_updates import attack_sent
+from keyhole.experiment.store import Store
 from keyhole.experiment.train import Trained, folder_of, train
 from keyhole.experiment.training_plan import TrainingPlan
 from keyhole.experiment.work import HERE, Workers
 
 UNTRAINED = "untrained"
 """The setting of round 0, whose network is the same whatever it will be trained under."""
+
+SENT = "sent.json"
+"""What came of attacks on what clients themselves sent."""
 
 Namer = Callable[[tuple[Spec, ...]], str]
 
@@ -80,7 +86,7 @@ def frontier(
     progress: Progress | None = None,
     workers: Workers = HERE,
 ) -> list[Trained]:
-    """Train, then audit in ``folder/audit``, whatever of it is missing.
+    """Train, then audit in ``folder/audit``, then attack what clients themselves sent, whatever of it is missing.
 
     Args:
         plan: what to train, and how to attack.
@@ -98,4 +104,8 @@ def frontier(
     # However the folder is spelled, it is gone on with.
     study = study_of(plan, done, folder.resolve(), name)
     audit(study, folder / "audit", jobs=jobs, device=device, progress=progress, workers=workers)
+    if plan.sent is not None:
+        sent = attack_sent(plan, done, folder, jobs=jobs, told=progress.training)
+        # For the report, which needs no data.
+        Store(folder).write_text(SENT, json.dumps([one.asdict(name) for one in sent], indent=1) + "\n")
     return done

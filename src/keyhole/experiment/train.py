@@ -33,6 +33,7 @@ from keyhole.defenses.dp_sgd import DPSGD
 from keyhole.defenses.user_dp import UserDP
 from keyhole.errors import ConfigError, DataError, ModelError, StoreError, cause
 from keyhole.experiment.plan import build_defense
+from keyhole.experiment.recording import record_round, record_secrets
 from keyhole.experiment.setup import TRAIN_IMAGES, find_device
 from keyhole.experiment.store import Store
 from keyhole.experiment.training_plan import TrainingPlan
@@ -50,6 +51,9 @@ SAME = 1e-5
 """Up to this distance, relative to how far a client moved, two float32 updates are equal but for rounding."""
 
 _PROGRESS = "progress.safetensors"
+
+TRANSCRIPT, SECRETS = "transcript", "secrets"
+"""Folders of a training: what its server saw of chosen rounds, and what its clients trained on."""
 
 
 @dataclass(frozen=True)
@@ -259,7 +263,7 @@ class Problem:
 
     def train(self, run: Trained, told: Told, ask: Ask | None = None) -> Trained:
         """One training, from where it stopped."""
-        model = self._model(run.seed)
+        model = self.network(run.seed)
         plain = self._plain(model)
         bare_start = Weights(*(map_tensors(lambda t: t.to(self.device), part) for part in weights_of(model)))
         defense = build_defense(run.defense) if run.defense else None
@@ -290,6 +294,8 @@ class Problem:
                 given["clients"] = bare_clients
                 bare = next(rounds(plain, bare_start, self.inputs, self.labels, self.federation, key, **given))
                 run.changed = _changed(before, after, bare_start, bare)
+            if after.number in self.plan.recorded:
+                self._record(run, task, before, after)
             run.rounds.append(_account(before, after, accuracy(task, after.weights, *self.test)))
             _keep(run, task, after.weights, after.memory, after.clients.states, identity)
             before = after.weights
@@ -297,6 +303,16 @@ class Problem:
         run.right = tuple(guessed_right(task, before, *self.test).tolist())
         run.chance = float(self.test[1].bincount().max()) / len(run.right)
         return run
+
+    def _record(self, run: Trained, task: Task, before: Weights, after: AfterRound) -> None:
+        """What the server sees of a round, and what its clients train on."""
+        assert after.clients is not None
+        known = task.model.state_dict().keys()
+        sent = Weights(before.params, {name: value for name, value in before.buffers.items() if name in known})
+        section = self.plan.federation
+        told = {"lr": section.lr, "local-epochs": section.epochs, "batch-size": section.batch_size}
+        record_round(run.folder / TRANSCRIPT, after.number, sent, after.clients, told, section.strategy)
+        record_secrets(run.folder / SECRETS, after.number, self.inputs, self.labels, self.parts(run.seed))
 
     def check(self, run: Trained) -> None:
         """Hold what a folder has of a training against what would be trained; a damaged file is none."""
@@ -317,7 +333,7 @@ class Problem:
 
     def identity(self, run: Trained) -> str:
         """Names what a training is made from beyond the folder's config: networks, images and versions."""
-        model = self._model(run.seed)
+        model = self.network(run.seed)
         start = weights_of(model)
         made_from = {
             "version": TRAINING_VERSION,
@@ -335,12 +351,12 @@ class Problem:
 
     def task(self, specs: tuple[Spec, ...]) -> Task:
         """What clients under these defenses train."""
-        plain = self._plain(self._model(0))
+        plain = self._plain(self.network(0))
         return build_defense(specs).on_task(plain) if specs else plain
 
     def fresh(self, specs: tuple[Spec, ...], seed: int) -> Weights:
         """The weights that a training begins with."""
-        return fit_weights(self.task(specs), weights_of(self._model(seed)))
+        return fit_weights(self.task(specs), weights_of(self.network(seed)))
 
     def _plain(self, model: nn.Module) -> Task:
         return Task.of(
@@ -357,7 +373,8 @@ class Problem:
                 strategy = Noised(strategy, link.server_noise(self.federation.clients), own)
         return strategy
 
-    def _model(self, seed: int) -> nn.Module:
+    def network(self, seed: int) -> nn.Module:
+        """The user's model, before any defense changes it."""
         return build_model(
             self.plan.model.name or str(self.plan.model.factory),
             input_shape=self.data.image_shape,

@@ -8,9 +8,11 @@ from typing import Any, Literal
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field
 
+from keyhole.core.registry import ATTACKS
 from keyhole.core.trial import Spec
 from keyhole.errors import ConfigError, UnknownName
 from keyhole.experiment.inversion_plan import Inverting, read_inverting
+from keyhole.experiment.options import method
 from keyhole.experiment.sections import DataSection, Experiment, ModelSection, _Section
 from keyhole.experiment.spec import (
     check_model,
@@ -126,6 +128,15 @@ class TrainingRun(_Section):
     seeds: list[int] = Field(default=[0], min_length=1)
 
 
+class SentSection(_Section):
+    """``[audit.sent]``: also attack what clients themselves sent in the audited rounds."""
+
+    clients: int = Field(default=1, ge=1)
+    """The first so many."""
+    attacks: list[dict[str, Any]] | None = None
+    """By default those of a transcript."""
+
+
 class TrainingPlan(BaseModel):
     """A training file, fully resolved."""
 
@@ -140,8 +151,17 @@ class TrainingPlan(BaseModel):
     """After which rounds updates are audited; empty where there is no ``[audit]``."""
     audit: Experiment | None = None
     """The audit of untrained networks, with all defenses."""
+    sent: SentSection | None = None
+    """Attacks on what clients themselves sent, where the file has ``[audit.sent]``."""
     invert: Inverting | None = None
     """Inversion of the global network, where the file has ``[invert]``."""
+
+    @property
+    def recorded(self) -> tuple[int, ...]:
+        """Rounds whose updates are written down: those that begin at an audited network, and the last."""
+        if self.sent is None:
+            return ()
+        return tuple(dict.fromkeys(min(number + 1, self.federation.rounds) for number in self.rounds))
 
     def to_toml(self) -> str:
         """The resolved file; reading it gives an equal plan."""
@@ -154,13 +174,15 @@ class TrainingPlan(BaseModel):
             audit = {name: whole[name] for name in ("client", "attacker", "attacks", "run")}
             del audit["run"]["seeds"]
             sections["audit"] = {"rounds": list(self.rounds), **audit}
+        if self.sent is not None:
+            sections["audit"]["sent"] = self.sent.model_dump(exclude_none=True)
         if self.invert is not None:
             sections["invert"] = self.invert.asdict()
         return tomli_w.dumps({"title": self.title, **sections, "defenses": chains})
 
 
 _TOP = ("title", "data", "model", "federation", "defenses", "run", "audit", "invert")
-_AUDIT = ("rounds", "client", "attacker", "attacks", "run")
+_AUDIT = ("rounds", "client", "attacker", "attacks", "run", "sent")
 
 
 def load_training(source: str, overrides: Sequence[str] = ()) -> TrainingPlan:
@@ -247,4 +269,18 @@ def _with_audit(plan: TrainingPlan, raw: dict[str, Any]) -> TrainingPlan:
         audit = parse_experiment(whole, plan.title)
     except ConfigError as error:
         raise ConfigError(f"[audit]: {error}") from error
-    return plan.model_copy(update={"rounds": tuple(rounds), "audit": audit})
+    sent = _sent(own["sent"], plan) if "sent" in own else None
+    return plan.model_copy(update={"rounds": tuple(rounds), "audit": audit, "sent": sent})
+
+
+def _sent(raw: Any, plan: TrainingPlan) -> SentSection:
+    sent = read_section("audit.sent", SentSection, raw)
+    if plan.invert is not None:
+        raise ConfigError("[audit.sent] is of keyhole frontier; remove it, or [invert].")
+    if sent.clients > plan.federation.clients:
+        raise ConfigError(
+            f"audit.sent.clients is {sent.clients}, of {plan.federation.clients} clients (federation.clients)."
+        )
+    for attack in sent.attacks or []:
+        method(ATTACKS, attack, "[[audit.sent.attacks]]")
+    return sent

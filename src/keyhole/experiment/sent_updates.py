@@ -1,0 +1,157 @@
+"""What clients themselves sent in a frontier's trainings, attacked: many steps on many images, as the server got it.
+
+The frontier's audit attacks updates of single images, which tell most of them; these here are what a server of that
+training would have had. They are read from the transcript that the training wrote.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from keyhole.core.rule import LocalSGD
+from keyhole.core.task import Task
+from keyhole.core.told import Told, silent
+from keyhole.core.trial import Spec
+from keyhole.errors import ConfigError
+from keyhole.experiment.recorded_training import MOST, Known, Training
+from keyhole.experiment.recorded_work import Case, Finding, attack_all
+from keyhole.experiment.train import SECRETS, TRANSCRIPT, Problem, Trained
+from keyhole.experiment.training_plan import FederationSection, TrainingPlan
+from keyhole.experiment.transcript import read_secret, read_transcript
+
+FOLDER = "sent"
+"""In a frontier's folder, of what the attacks found."""
+
+
+@dataclass(frozen=True, eq=False)
+class SentUpdate:
+    """One client's update in one round of one training, and what came of the attacks on it."""
+
+    name: str
+    """Of the file that keeps it."""
+    defense: tuple[Spec, ...]
+    seed: int
+    finding: Finding
+
+    def asdict(self, name: Callable[[tuple[Spec, ...]], str]) -> dict[str, Any]:
+        """All but pictures, for JSON; ``name`` names defenses."""
+        found = self.finding
+        return {
+            "file": self.name,
+            "defense": name(self.defense),
+            "seed": self.seed,
+            "round": found.update.round,
+            "client": found.update.client,
+            "images": found.training.images,
+            "steps": found.training.steps,
+            "training": list(found.training.words),
+            "prediction": found.verdict,
+            "attacks": [
+                {
+                    "attack": one.attack,
+                    "attacker": one.attacker,
+                    "status": one.status,
+                    "detail": one.detail,
+                    "evaluations": one.evaluations,
+                    "metrics": one.metrics,
+                    "control": one.control,
+                }
+                for one in found.attempts
+            ],
+        }
+
+
+def attack_sent(
+    plan: TrainingPlan, done: Sequence[Trained], folder: Path, *, jobs: int = 1, told: Told = silent
+) -> list[SentUpdate]:
+    """Attack what the first clients sent in the recorded rounds, or read what is kept of it.
+
+    Args:
+        plan: with ``[audit.sent]``; without it nothing is attacked.
+        done: its trainings.
+        folder: of the frontier.
+        jobs: updates at a time; 0 for one a core.
+        told: told which update is how far.
+    """
+    if plan.sent is None:
+        return []
+    networks = Trainings(plan)
+    cases: dict[str, Case] = {}
+    whose: list[tuple[str, tuple[Spec, ...], int]] = []
+    for run in done:
+        index = plan.defenses.index(run.defense)
+        network, task = networks(index)
+        clients = [str(client) for client in range(plan.sent.clients)]
+        transcript = read_transcript(run.folder / TRANSCRIPT, task.model, plan.recorded, clients)
+        chain = [{"name": spec.name, **spec.asdict()} for spec in run.defense]
+        known = Known(attacks=plan.sent.attacks, defense=chain, seed=run.seed)
+        for one in transcript.updates:
+            secret = read_secret(run.folder / SECRETS, one.round, one.client)
+            assert secret is not None and one.examples is not None
+            training = training_of(plan.federation, one.examples)
+            name = f"{run.folder.parent.name}-seed-{run.seed}-round-{one.round:04d}-client-{one.client}"
+            cases[name] = Case(one, training, secret, known, index)
+            whose.append((name, run.defense, run.seed))
+    found = attack_all(cases, networks, folder / FOLDER, jobs, told)
+    return [SentUpdate(*own, finding) for own, finding in zip(whose, found, strict=True)]
+
+
+def training_of(federation: FederationSection, images: int) -> Training:
+    """How such a client trained, as its attacker knows it: all but the order of its images.
+
+    With momentum steps get longer: those of one direction by ``(1 - m^k) / (1 - m)`` at the k-th. Where steps are
+    clipped their lengths are not known, and only directions are compared.
+
+    Raises:
+        ConfigError: an update is of more images or steps than can be attacked.
+    """
+    batch = min(federation.batch_size, images)
+    steps = federation.epochs * -(-images // batch)
+    if max(images, steps) > MOST:
+        raise ConfigError(
+            f"a client's update is of {images} images and {steps} steps; up to {MOST} of each can be attacked: remove "
+            "[audit.sent], or have more clients."
+        )
+    m = federation.momentum
+    longer = sum((1 - m**k) / (1 - m) for k in range(1, steps + 1)) / steps
+    rule = LocalSGD(federation.epochs, federation.lr * longer, batch, "fixed" if steps == 1 else "shuffled")
+    words = [
+        f"{images} image{'s' * (images != 1)}",
+        f"{steps} step{'s' * (steps != 1)} of up to {batch} at learning rate {federation.lr:g}, momentum {m:g}",
+    ]
+    if federation.clip:
+        words.append(f"gradients clipped to a norm of {federation.clip:g}, so that only directions are compared")
+    if federation.weight_decay:
+        words.append("weight decay, which the attacks leave out")
+    # A batch that is filled up has some images twice, which attacks do not model either.
+    apart = images % federation.batch_size > 0 or federation.weight_decay > 0
+    return Training(rule, images, steps, not federation.clip, tuple(words), assumed=apart)
+
+
+@dataclass(frozen=True)
+class Trainings:
+    """Networks of a plan, numbered by their defenses."""
+
+    plan: TrainingPlan
+
+    @cached_property
+    def _problem(self) -> Problem:
+        # The training has told whatever there is to be warned of.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return Problem(self.plan, torch.device("cpu"))
+
+    def __call__(self, number: int) -> tuple[nn.Module, Task]:
+        """Any seed's, as weights come from the transcript."""
+        return self._problem.network(0), self._problem.task(self.plan.defenses[number])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Trainings, (self.plan,)
