@@ -187,7 +187,8 @@ def test_the_answer_sorts_defenses_by_how_they_did_and_then_by_accuracy(
         0.1,
     )  # fmt: skip
     assert said == [
-        "Without a defense the accuracy is 97.0 %, and 100 % of the attacked images leaked to the worst attacker.",
+        "Without a defense the accuracy is 97.0 %, and 100 % of the attacked images, one behind each update, leaked to "
+        "the worst attacker.",
         "Not broken by the attacks tried: b (accuracy 90.0 %), a (accuracy 80.0 %).",
         "Gave way in part: c (accuracy 70.0 %).",
         "Fell: d (accuracy 60.0 %).",
@@ -206,8 +207,8 @@ def test_the_answer_says_where_there_was_nothing_to_stop_and_what_learned_nothin
         replace(one, defense="mask", accuracy=Estimate(0.17, 0.03, 0.31), leak_rate=Estimate(0.0)),
     ]
     assert answer(found, 0.114) == [
-        "Without a defense the accuracy is 96.0 % (93.0 to 98.0), and 0 % of the attacked images leaked to the worst "
-        "attacker.",
+        "Without a defense the accuracy is 96.0 % (93.0 to 98.0), and 0 % of the attacked images, one behind each "
+        "update, leaked to the worst attacker.",
         "Not broken by the attacks tried: prune (accuracy 95.0 %), mask (accuracy 17.0 %, not clearly above the 11.4 % "
         "of guessing one class).",
         "As there was next to nothing to stop, this says little about the defenses.",

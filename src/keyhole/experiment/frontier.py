@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,17 +10,13 @@ from keyhole.core.trial import Spec
 from keyhole.errors import ConfigError
 from keyhole.experiment.audit import Progress, Silent, audit
 from keyhole.experiment.sections import StateSection, Study
-from keyhole.experiment.sent_updates import attack_sent
-from keyhole.experiment.store import Store
+from keyhole.experiment.sent_updates import attack_sent, keep_sent
 from keyhole.experiment.train import Trained, folder_of, train
 from keyhole.experiment.training_plan import TrainingPlan
 from keyhole.experiment.work import HERE, Workers
 
 UNTRAINED = "untrained"
 """The setting of round 0, whose network is the same whatever it will be trained under."""
-
-SENT = "sent.json"
-"""What came of attacks on what clients themselves sent."""
 
 Namer = Callable[[tuple[Spec, ...]], str]
 
@@ -106,6 +101,5 @@ def frontier(
     audit(study, folder / "audit", jobs=jobs, device=device, progress=progress, workers=workers)
     if plan.sent is not None:
         sent = attack_sent(plan, done, folder, jobs=jobs, told=progress.training)
-        # For the report, which needs no data.
-        Store(folder).write_text(SENT, json.dumps([one.asdict(name) for one in sent], indent=1) + "\n")
+        keep_sent(sent, folder, name, plan.audit.run.images)
     return done

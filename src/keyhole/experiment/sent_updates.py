@@ -6,6 +6,7 @@ training would have had. They are read from the transcript that the training wro
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,15 +21,18 @@ from keyhole.core.rule import LocalSGD
 from keyhole.core.task import Task
 from keyhole.core.told import Told, silent
 from keyhole.core.trial import Spec
+from keyhole.core.types import Tensors
 from keyhole.errors import ConfigError
 from keyhole.experiment.recorded_training import MOST, Known, Training
 from keyhole.experiment.recorded_work import Case, Finding, attack_all
+from keyhole.experiment.store import Store
 from keyhole.experiment.train import SECRETS, TRANSCRIPT, Problem, Trained
 from keyhole.experiment.training_plan import FederationSection, TrainingPlan
 from keyhole.experiment.transcript import read_secret, read_transcript
+from keyhole.solve.files import write_tensors
 
-FOLDER = "sent"
-"""In a frontier's folder, of what the attacks found."""
+FOLDER, FILE, PICTURES = "sent", "sent.json", "pictures.safetensors"
+"""In a frontier's folder: what the attacks found, what is said of it, and in the first one, pictures for the report."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,6 +106,27 @@ def attack_sent(
             whose.append((name, run.defense, run.seed))
     found = attack_all(cases, networks, folder / FOLDER, jobs, told)
     return [SentUpdate(*own, finding) for own, finding in zip(whose, found, strict=True)]
+
+
+def keep_sent(sent: Sequence[SentUpdate], folder: Path, name: Callable[[tuple[Spec, ...]], str], images: str) -> None:
+    """Write what a report shows, so that it needs no data again.
+
+    Args:
+        sent: what was attacked.
+        folder: of the frontier.
+        name: names of defenses.
+        images: ``run.images`` of the audit: whether ``reconstructions`` or ``all``, secrets too, may be shown.
+    """
+    Store(folder).write_text(FILE, json.dumps([one.asdict(name) for one in sent], indent=1) + "\n")
+    if images == "none":
+        return
+    pictures: Tensors = {}
+    for one in sent:
+        if not one.defense:
+            pictures |= {f"{one.name}/{place}": attempt.guesses for place, attempt in enumerate(one.finding.attempts)}
+            if images == "all" and one.finding.truth is not None:
+                pictures[f"{one.name}/secret"] = one.finding.truth
+    write_tensors(folder / FOLDER / PICTURES, pictures, {})
 
 
 def training_of(federation: FederationSection, images: int) -> Training:

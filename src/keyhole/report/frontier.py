@@ -17,6 +17,8 @@ from keyhole.report.intervals import Estimate
 from keyhole.report.names import UNDEFENDED, defense_name
 from keyhole.report.records import Images, Row
 from keyhole.report.render import render_html
+from keyhole.report.sent import NOTE as SENT_NOTE
+from keyhole.report.sent import read_sent, sent_in_words, sent_strips, sent_table
 from keyhole.report.summarize import Report, plain, summarize
 from keyhole.report.tables import Line
 from keyhole.report.text import NOTHING, rated
@@ -136,12 +138,13 @@ def frontier_table(found: Sequence[Point]) -> list[Line]:
     return lines
 
 
-def answer(found: Sequence[Point], chance: float) -> list[str]:
+def answer(found: Sequence[Point], chance: float, size: int = 1) -> list[str]:
     """Which defenses held and what they cost, a sentence for each group; within it the most accurate first.
 
     Args:
         found: the defenses.
         chance: accuracy of naming one class for all held-out images.
+        size: images behind each attacked update.
     """
     said = []
     idle = False
@@ -150,7 +153,8 @@ def answer(found: Sequence[Point], chance: float) -> list[str]:
         worst = point.leak_rate.value
         if point.defense == UNDEFENDED:
             leaks = "no attack could be scored" if math.isnan(worst) else (
-                f"{percent(worst)} % of the attacked images leaked to the worst attacker"
+                f"{percent(worst)} % of the attacked images, {'one' if size == 1 else size} behind each update, leaked "
+                "to the worst attacker"
             )  # fmt: skip
             near = _near(point.accuracy, chance)
             said.append(f"Without a defense the accuracy is {accuracy_in_words(point.accuracy)}{near}, and {leaks}.")
@@ -214,16 +218,22 @@ def write_frontier(plan: TrainingPlan, done: Sequence[Trained], folder: Path) ->
     write_training(plan, done, folder)
     store = Store(folder)
     found = points(plan, done, report)
-    said = answer(found, done[0].chance)
-    text = json.dumps(rows_json(plan, done, report, found, said), indent=2, allow_nan=False) + "\n"
+    sent = read_sent(folder)
+    said = [
+        *answer(found, done[0].chance, plan.audit.client.size if plan.audit else 1),
+        *filter(None, [sent_in_words(sent)]),
+    ]
+    text = json.dumps({**rows_json(plan, done, report, found, said), "sent": sent}, indent=2, allow_nan=False) + "\n"
     store.write_text("report.json", text)
     reconstructions, secrets = Store(folder / "audit").images()
     images = Images(secrets, reconstructions) if reconstructions else None
-    page = render_html(report, settings, outcomes, images, _section(found, said, remarks(done)))
+    page = render_html(report, settings, outcomes, images, _section(found, said, remarks(done), sent, folder))
     return frontier_table(found), said, store.write_text("report.html", page)
 
 
-def _section(found: Sequence[Point], said: Sequence[str], noted: Sequence[str]) -> dict[str, Any]:
+def _section(
+    found: Sequence[Point], said: Sequence[str], noted: Sequence[str], sent: Sequence[dict[str, Any]], folder: Path
+) -> dict[str, Any]:
     """What the page's section on accuracy shows."""
     from keyhole.report.figures import leaks_by_round, trade_off
 
@@ -232,6 +242,9 @@ def _section(found: Sequence[Point], said: Sequence[str], noted: Sequence[str]) 
         "note": NOTE,
         "table": frontier_table(found),
         "remarks": list(noted),
+        "sent": sent_table(sent),
+        "sent_note": SENT_NOTE,
+        "sent_strips": sent_strips(sent, folder),
         "trade_off": trade_off([(p.defense, p.accuracy, p.leak_rate) for p in found]),
         "by_round": leaks_by_round([(p.defense, p.by_round) for p in found]),
     }

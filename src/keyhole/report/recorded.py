@@ -24,8 +24,13 @@ PICTURES = 16
 
 
 def leaks(attempt: Attempt) -> list[bool]:
-    """Of each secret image, whether it leaked: similar enough, and more so than what the attack makes of noise."""
-    pairs = zip(attempt.metrics.get("ssim", []), attempt.control.get("ssim", []), strict=True)
+    """Of each secret image, whether it leaked."""
+    return leaked(attempt.metrics, attempt.control)
+
+
+def leaked(metrics: dict[str, list[float]], control: dict[str, list[float]]) -> list[bool]:
+    """The same from scores: similar enough, and more so than what the attack makes of noise."""
+    pairs = zip(metrics.get("ssim", []), control.get("ssim", []), strict=True)
     return [own >= LEAK_SSIM - SLACK and own >= blind + LEAK_MARGIN - SLACK for own, blind in pairs]
 
 
