@@ -90,6 +90,7 @@ def _measured(bench: Bench, norms: tuple[float, ...], count: int, rng: np.random
     low, top = runs[0], runs[-1]
     noise, kurtosis = _std(low.out)
     parts = {name: _std(low.out[:, at])[0] or Interval(0.0, 0.0, 0.0) for name, at in bench.parts.items()}
+    varies = tuple(name for name, at in bench.parts.items() if _other_std(low.out[:, at], low.out))
     clip, over, unclipped = _clip(bench, runs)
     # Single tensors or entries meet their clip in smaller updates.
     room = 2 if over in (TOGETHER, UNSEEN) else 100
@@ -106,6 +107,8 @@ def _measured(bench: Bench, norms: tuple[float, ...], count: int, rng: np.random
         unclipped=unclipped,
         noise=noise,
         noise_by_tensor=parts if noise else {},
+        noise_varies=varies,
+        noise_follows_update=_other_std(low.out, top.out),
         kurtosis=kurtosis,
         repeats=_repeats(bench, low, rng),
         bias=_bias(bench, free[-1]) if free else None,
@@ -218,6 +221,23 @@ def _excess(errors: Flat, rounding: Flat) -> tuple[float, float]:
     freedom = max(1.0, total**2 * (1 + 2 / (count - 1)) / float(spread @ spread))
     chance = float(stats.f.sf(count * squared / total, freedom, freedom * (count - 1)))
     return math.sqrt(max(squared - total / count, 0.0)), chance
+
+
+def _other_std(one: Flat, two: Flat) -> bool:
+    """Whether noise is more than a tenth larger or smaller, by an F test.
+
+    Its chance of error is `SURE`, as many tensors are asked about, some of a single number: of a few messages the 95 %
+    intervals of one in a hundred of these lie apart from those of the rest.
+    """
+    (first, kurtosis), (second, other) = _std(one), _std(two)
+    if first is None or second is None:
+        return (first is None) is not (second is None)
+    # What a few numbers seem to lack in tails is chance: at the least as a Gaussian's.
+    excess = max(0.0, *(law.value for law in (kurtosis, other) if law is not None))
+    freedom = [(len(out) - 1) * out.shape[1] * 2 / (2 + excess) for out in (one, two)]
+    ratio = (first.value / second.value) ** 2
+    more, less = stats.f.sf(ratio / 1.1**2, *freedom), stats.f.sf(1 / ratio / 1.1**2, *reversed(freedom))
+    return float(min(more, less)) < SURE
 
 
 def _std(out: Flat) -> tuple[Interval | None, Interval | None]:

@@ -92,6 +92,10 @@ class ModFacts:
     noise: Interval | None
     """Standard deviation of an entry, in the smallest updates; none where messages do not differ."""
     noise_by_tensor: dict[str, Interval]
+    noise_varies: tuple[str, ...]
+    """Tensors whose noise is not that of all."""
+    noise_follows_update: bool
+    """Whether noise on large updates is another than on small ones."""
     kurtosis: Interval | None
     """Excess kurtosis of the noise: Gaussian 0, Laplace 3, uniform -1.2."""
     repeats: tuple[str, ...]
@@ -111,20 +115,6 @@ class ModFacts:
     keeps_state: bool
     """Whether something is left in Flower's Context.state."""
     cases: dict[str, Case]
-
-    @property
-    def noise_varies(self) -> tuple[str, ...]:
-        """Tensors whose noise is not that of all."""
-        if self.noise is None:
-            return ()
-        low, high = self.noise.value / 1.1, self.noise.value * 1.1
-        return tuple(name for name, std in self.noise_by_tensor.items() if std.high < low or std.low > high)
-
-    @property
-    def noise_follows_update(self) -> bool:
-        """Whether noise on large updates is another than on small ones."""
-        first, *_, last = [level.noise or Interval(0, 0, 0) for level in self.levels if level.share is not None]
-        return last.low > 1.1 * first.high or last.high < first.low / 1.1
 
     def expect(
         self,
