@@ -29,6 +29,10 @@ torch.set_num_threads(1)
 _DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 if _DATA.is_dir():
     os.environ.setdefault("KEYHOLE_DATA", str(_DATA))
+# What is printed must not hang on the terminal.
+os.environ["COLUMNS"] = "80"
+for _name in ("FORCE_COLOR", "GITHUB_ACTIONS", "PY_COLORS"):
+    os.environ.pop(_name, None)
 
 SHAPE, CLASSES = (1, 8, 8), 4
 
