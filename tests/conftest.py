@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -27,8 +29,19 @@ torch.set_num_threads(1)
 _DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 if _DATA.is_dir():
     os.environ.setdefault("KEYHOLE_DATA", str(_DATA))
+# What is printed must not hang on the terminal.
+os.environ["COLUMNS"] = "80"
+for _name in ("FORCE_COLOR", "GITHUB_ACTIONS", "PY_COLORS"):
+    os.environ.pop(_name, None)
 
 SHAPE, CLASSES = (1, 8, 8), 4
+
+
+def pytest_runtest_setup() -> None:
+    """Global generators stand where they stood for every other test, whichever of them run, and in whatever order."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
 
 
 def draw_weights(task: Task, seed: int, dtype: torch.dtype = torch.float64) -> Weights:

@@ -34,7 +34,7 @@ sys.meta_path.insert(0, Blocker())
 
 
 def python(code: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=60)
+    return subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=300)
 
 
 def test_keyhole_is_imported_without_optional_packages() -> None:

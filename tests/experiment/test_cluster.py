@@ -65,7 +65,7 @@ def plain(num_classes, fault=""):
     if asked("wait"):
         import ray
         Path("node").write_text(ray.get_runtime_context().get_node_id())
-        time.sleep(60)
+        time.sleep(600)
     if fault == "raise" and in_worker():
         raise OSError("no such network")
     width = 9 if fault == "differ" and in_worker() else 8
@@ -102,7 +102,7 @@ def nodes(place: Path) -> Iterator[Any]:
             yield made
         finally:
             made.shutdown()
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while (alive := marked()) and time.monotonic() < deadline:
             time.sleep(0.1)
         assert not alive
@@ -183,7 +183,7 @@ def test_what_a_killed_worker_and_a_killed_node_did_is_done_again(
     watching = threading.Thread(target=remove, daemon=True)
     watching.start()
     assert audit(load_experiment("quick", OPTIONS), tmp_path, workers=workers)
-    watching.join(10)
+    watching.join(60)
     nodes.add_node(num_cpus=1, object_store_memory=SMALL)
     assert not (place / "die").exists() and len(removed) == 1
     assert same(here, tmp_path)
@@ -320,7 +320,7 @@ def test_something_that_listens_and_is_no_cluster_is_said(monkeypatch: pytest.Mo
         began = time.monotonic()
         with pytest.raises(ConfigError, match="no Ray cluster .*no answer within 4 seconds"), cluster(address):
             pass
-        assert time.monotonic() - began < 30
+        assert time.monotonic() - began < 120
 
 
 def test_missing_ray_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import signal
 import stat
@@ -335,12 +336,36 @@ def test_the_presets_settings_teach_ten_clients_digits(tmp_path: Path) -> None:
     assert bare.rounds[0].accuracy < 0.3
 
 
-def test_killed_in_the_middle_of_two_trainings_then_resumed(tmp_path: Path) -> None:
-    plan, folder = plan_of({"name": "top_k", "rate": 0.5, "feedback": True}, rounds=20), tmp_path / "cut"
+HELD = """
+import os, time
+from pathlib import Path
+from torch import nn
+
+class Held(nn.Sequential):
+    def forward(self, x):
+        while "HOLD" in os.environ and len(list(Path(os.environ["HOLD"]).glob("*/*/round-002.safetensors"))) == 2:
+            time.sleep(0.01)
+        return super().forward(x)
+
+def make(num_classes):
+    return Held(nn.Flatten(), nn.Linear(64, 8), nn.Sigmoid(), nn.Linear(8, num_classes))
+"""
+
+
+def test_killed_in_the_middle_of_two_trainings_then_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once both have done their second round, they wait for it."""
+    (tmp_path / "held_net.py").write_text(HELD)
+    monkeypatch.syspath_prepend(tmp_path)
+    given = raw({"name": "top_k", "rate": 0.5, "feedback": True}, rounds=20)
+    plan, folder = parse_training({**given, "model": {"factory": "held_net:make"}}), tmp_path / "cut"
     (tmp_path / "plan.toml").write_text(plan.to_toml())
-    command = [sys.executable, "-c", "from keyhole.cli import main; main()", "train", str(tmp_path / "plan.toml")]
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from keyhole.cli import main; main()"
+    command = [sys.executable, "-c", code, "train", str(tmp_path / "plan.toml")]
     process = subprocess.Popen(
-        [*command, "--out", str(folder), "--jobs", "2"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [*command, "--out", str(folder), "--jobs", "2"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "HOLD": str(folder)},
     )
     deadline = time.monotonic() + 300
     while process.poll() is None and time.monotonic() < deadline:
@@ -348,12 +373,11 @@ def test_killed_in_the_middle_of_two_trainings_then_resumed(tmp_path: Path) -> N
             process.kill()
             break
         time.sleep(0.01)
-    assert process.wait(60) == -signal.SIGKILL, "it ended before it could be killed"
-    files, last, before = "*/*/round-*.safetensors", -1, dict[Path, int]()
-    while len(before) != last:  # the workers leave by themselves
-        last, before = len(before), {path: path.stat().st_mtime_ns for path in folder.glob(files)}
-        time.sleep(0.3)
-    assert last < 2 * 21
+    _, said = process.communicate(timeout=60)  # until the workers have left too, by themselves
+    assert process.returncode == -signal.SIGKILL, said
+    files = "*/*/round-*.safetensors"
+    before = {path: path.stat().st_mtime_ns for path in folder.glob(files)}
+    assert len(before) < 2 * 21
     train(plan, folder)
     # The newest file of each may be ahead of the account, and then its round is done again.
     kept = [path for path in before if any(other.parent == path.parent and other > path for other in before)]

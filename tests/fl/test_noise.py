@@ -71,7 +71,7 @@ def test_without_noise_clients_weigh_the_same() -> None:
 
 
 def test_the_mean_has_noise_of_the_multiplier_times_the_clip_over_the_clients() -> None:
-    result = federate(noised(1.5, 0.2))
+    result = federate(noised(1.5, 0.2, seed=0))
     drawn = noise(result)
     assert len(drawn) == 100 * 100 + 100 + 200 + 303
     assert float(drawn.std()) == pytest.approx(1.5 * 0.2 / 3, rel=0.05)

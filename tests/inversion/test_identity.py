@@ -57,7 +57,7 @@ def test_each_loss_falls_with_the_own_logit(name):
 
 
 def target():
-    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)).double()
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.Sigmoid(), nn.Linear(3, 2)).double()
     task = Task.of(model, (1, 2, 2), 2, Bounds.of((0.0,), (1.0,), torch.float64))
     return Target(task, weights_of(model, torch.float64)), model
 

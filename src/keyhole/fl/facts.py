@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from keyhole.errors import Unmet, check_range
 
-SURE = 1e-6
+SURE = 1e-7
 """A chance below which something is no accident; so small as many questions are asked at once."""
 
 TOGETHER, BY_TENSOR, BY_ENTRY = "all parameters together", "each tensor by itself", "single entries"
