@@ -426,6 +426,14 @@ class TestVerdict:
         assert "no attack has produced a score" in summarize(setting(found), []).verdict
         assert report_of([]).verdict.startswith("No attack has produced a score")
 
+    def test_complete_without_a_score(self) -> None:
+        """Nothing more will come, and what went wrong is said."""
+        found = [outcome([], status="failed")]
+        assert report_of(found).verdict == (
+            "No attack has produced a score, so that nothing can be said about leaks; "
+            "1 of 1 attack trials diverged, failed or were refused."
+        )
+
     def test_promises_nothing(self) -> None:
         texts = [
             report_of(mixed()).verdict,
