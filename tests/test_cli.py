@@ -34,6 +34,10 @@ def in_place():
     return Own(lambda images: images.mul_(2))
 def branching():
     return Own(lambda images: 2 * images if images.sum() > 0 else images)
+def frozen(num_classes):
+    model = plain(num_classes)
+    model[1].weight.requires_grad_(False)
+    return model
 def undefined():
     return Own(lambda images: images / 0)
 """
@@ -63,6 +67,7 @@ def undefined():
         (["audit", "lazy.toml"], "'1.weight' of the model has no shape yet"),
         (["audit", "in_place.toml"], "nothing in place"),
         (["audit", "branching.toml"], "no branch on values"),
+        (["audit", "frozen.toml"], "'1.weight' is frozen (requires_grad=False)"),
         (["audit", "undefined.toml"], "NaN or infinity for random images"),
         (["audit", "undefined.toml", "--dry-run"], "NaN or infinity for random images"),
         (["audit", "absent_module.toml"], "run the command in the folder of your code"),
@@ -106,7 +111,7 @@ def test_one_sentence_and_code_2(
     (tmp_path / "corrupt.parquet").write_bytes(b"PAR1 cut off")
     (tmp_path / "weights.safetensors").write_bytes(b"\x80\x04 a pickle, perhaps")
     (tmp_path / "nets_under_test.py").write_text(MODEL)
-    functions = ("normed", "dropped", "lazy", "in_place", "branching", "undefined")
+    functions = ("normed", "dropped", "lazy", "in_place", "branching", "undefined", "frozen")
     factories = {name: f"nets_under_test:{name}" for name in functions}
     factories |= {"absent_factory": "nets_under_test:no_such_function", "absent_module": "elsewhere.nets:make"}
     for name, factory in factories.items():

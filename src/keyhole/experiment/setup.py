@@ -237,13 +237,28 @@ def _networks(experiment: Experiment, seed: int) -> list[int]:
 
 
 def _model(experiment: Experiment, data: Data, seed: int) -> nn.Module:
-    return build_model(
+    model = build_model(
         experiment.model.name or str(experiment.model.factory),
         input_shape=data.image_shape,
         num_classes=data.num_classes,
         options=experiment.model.options,
         seed=seed,
     )
+    refuse_frozen(model)
+    return model
+
+
+def refuse_frozen(model: nn.Module) -> None:
+    """Raises `ModelError` where parameters are frozen: their gradients would be attacked, which no client sends."""
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    if frozen:
+        layers = ",".join(dict.fromkeys(name.rpartition(".")[0] or name for name in frozen))
+        more = f" and {len(frozen) - 1} more are" if len(frozen) > 1 else " is"
+        raise ModelError(
+            f"'{frozen[0]}'{more} frozen (requires_grad=False), and here clients train and send all parameters; "
+            f'do not freeze them in the factory, but name them in a defense {{ name = "withhold", layers = "{layers}" }}'
+            ", whose adaptive attacker matches the rest."
+        )
 
 
 def _load(experiment: Experiment, models: dict[int, list[nn.Module]], task_of: Callable[[nn.Module], Task]) -> Task:
