@@ -276,7 +276,8 @@ def check_mod_command(
         raise ConfigError(f"mod '{mod}' is a {type(found).__name__}; a mod that is made already, or a list, is needed.")
     network = build_model(model, input_shape=(1, 28, 28), num_classes=10, options={}, seed=0)
     sent, run = _entries("--config", config), _entries("--run-config", run_config)
-    facts = check_mod(found, network, config=sent, run_config=run, messages=messages)
+    with _Bars() as bars:
+        facts = check_mod(found, network, config=sent, run_config=run, messages=messages, told=bars.training)
     print(facts)
     if clip is not None or noise_std is not None:
         try:

@@ -255,9 +255,9 @@ def refuse_frozen(model: nn.Module) -> None:
         layers = ",".join(dict.fromkeys(name.rpartition(".")[0] or name for name in frozen))
         more = f" and {len(frozen) - 1} more are" if len(frozen) > 1 else " is"
         raise ModelError(
-            f"'{frozen[0]}'{more} frozen (requires_grad=False), and here clients train and send all parameters; "
-            f'do not freeze them in the factory, but name them in a defense {{ name = "withhold", layers = "{layers}" }}'
-            ", whose adaptive attacker matches the rest."
+            f"'{frozen[0]}'{more} frozen (requires_grad=False), and here clients train and send all parameters; do not "
+            f'freeze them in the factory, but add a defense {{ name = "withhold", layers = "{layers}" }}, whose adaptive '
+            "attacker matches the rest."
         )
 
 
