@@ -256,8 +256,8 @@ def refuse_frozen(model: nn.Module) -> None:
         more = f" and {len(frozen) - 1} more are" if len(frozen) > 1 else " is"
         raise ModelError(
             f"'{frozen[0]}'{more} frozen (requires_grad=False), and here clients train and send all parameters; do not "
-            f'freeze them in the factory, but add a defense {{ name = "withhold", layers = "{layers}" }}, whose adaptive '
-            "attacker matches the rest."
+            f'freeze them in the factory, but add the defense {{ name = "withhold", layers = "{layers}" }}: its '
+            "adaptive attacker matches the rest."
         )
 
 
