@@ -139,7 +139,7 @@ def prepare(experiment: Experiment, device: torch.device, told: Told = silent) -
         task = task_of(models[seeds[0]][0])
     else:
         task = _load(experiment, models, task_of)
-    _check_model(task, dtype)
+    check_model(task, dtype)
     weights = {seed: tuple(weights_of(model, dtype) for model in own) for seed, own in models.items()}
     facts: dict[int, dict[str, float]] = {}
     if experiment.state.trained:
@@ -178,7 +178,7 @@ def _check_apart(experiment: Experiment, states: dict[int, str]) -> None:
             )
 
 
-def _check_model(task: Task, dtype: torch.dtype) -> None:
+def check_model(task: Task, dtype: torch.dtype) -> None:
     """Raises `ModelError` where the model does not run as attacks run it: differentiated, many trials beside another.
 
     Without it every trial would fail by itself, and the report would be about nothing.
