@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tomllib
 import warnings
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import pytest
 from typer.models import CommandInfo
 
 from command_line import run
-from keyhole.cli import app, main
+from keyhole.cli import _print_table, app, main
+from keyhole.experiment.spec import presets
 
 MODEL = """
 from torch import nn
@@ -20,6 +22,24 @@ def dropped(num_classes):
     return nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(64, num_classes))
 def plain(num_classes):
     return nn.Sequential(nn.Flatten(), nn.Linear(64, num_classes))
+def lazy(num_classes):
+    return nn.Sequential(nn.Flatten(), nn.LazyLinear(num_classes))
+class Own(nn.Module):
+    def __init__(self, act):
+        super().__init__()
+        self.linear, self.act = nn.Linear(64, 10), act
+    def forward(self, images):
+        return self.linear(self.act(images).flatten(1))
+def in_place():
+    return Own(lambda images: images.mul_(2))
+def branching():
+    return Own(lambda images: 2 * images if images.sum() > 0 else images)
+def frozen(num_classes):
+    model = plain(num_classes)
+    model[1].weight.requires_grad_(False)
+    return model
+def undefined():
+    return Own(lambda images: images / 0)
 """
 
 
@@ -44,6 +64,17 @@ def plain(num_classes):
         (["audit", "normed.toml"], 'batchnorm = "eval"'),
         (["audit", "dropped.toml"], 'dropout = "off"'),
         (["audit", "absent_factory.toml"], "no_such_function"),
+        (["audit", "lazy.toml"], "'1.weight' of the model has no shape yet"),
+        (["audit", "in_place.toml"], "nothing in place"),
+        (["audit", "branching.toml"], "no branch on values"),
+        (["audit", "frozen.toml"], "'1.weight' is frozen (requires_grad=False)"),
+        (["audit", "undefined.toml"], "NaN or infinity for random images"),
+        (["audit", "undefined.toml", "--dry-run"], "NaN or infinity for random images"),
+        (["audit", "absent_module.toml"], "run the command in the folder of your code"),
+        (["audit", "quick", "--set", "data.size=1000000"], "more than this machine has"),
+        (["audit", "quick", "--set", "state.train=erly"], "did you mean 'early'"),
+        (["check-mod", "a:b", "--model", "lenet_zhu", "--clip", "-1"], "--clip is -1.0; it must be above 0"),
+        (["check-mod", "a:b", "--model", "lenet_zhu", "--noise-std", "nan"], "--noise-std is nan"),
         (["audit", "fases", "--dry-run"], "did you mean 'faces'"),
         (["audit", "normed.toml", "--dry-run"], 'batchnorm = "eval"'),
         (["audit", "quick", "--json"], "--dry-run"),
@@ -79,10 +110,12 @@ def test_one_sentence_and_code_2(
     (tmp_path / "corrupt.parquet").write_bytes(b"PAR1 cut off")
     (tmp_path / "weights.safetensors").write_bytes(b"\x80\x04 a pickle, perhaps")
     (tmp_path / "nets_under_test.py").write_text(MODEL)
-    factories = {"normed": "normed", "dropped": "dropped", "absent_factory": "no_such_function"}
-    for name, function in factories.items():
+    functions = ("normed", "dropped", "lazy", "in_place", "branching", "undefined", "frozen")
+    factories = {name: f"nets_under_test:{name}" for name in functions}
+    factories |= {"absent_factory": "nets_under_test:no_such_function", "absent_module": "elsewhere.nets:make"}
+    for name, factory in factories.items():
         (tmp_path / f"{name}.toml").write_text(
-            f'[data]\nname = "digits"\n[model]\nfactory = "nets_under_test:{function}"\n[[attacks]]\nname = "idlg"\n'
+            f'[data]\nname = "digits"\n[model]\nfactory = "{factory}"\n[[attacks]]\nname = "idlg"\n'
         )
     before = {path.name for path in tmp_path.iterdir()}
     assert run(*arguments) == 2
@@ -113,6 +146,32 @@ def test_show_and_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert "2408.08430" in shown
     assert run("list", "defenses") == 0
     assert "gaussian_noise" in capsys.readouterr().out
+
+
+def test_show_of_a_name_that_a_method_and_a_preset_have(capsys: pytest.CaptureFixture[str]) -> None:
+    """Both are shown, and what is printed is an audit file nevertheless."""
+    assert run("show", "dp_sgd") == 0
+    shown = capsys.readouterr().out
+    assert "noise_multiplier" in shown.partition("The preset of this name")[0]
+    assert tomllib.loads(shown) == tomllib.loads(presets()["dp_sgd"])
+    assert run("show", "prun") == 2
+    accepted = capsys.readouterr().err.partition("Accepted: ")[2].rstrip(".\n").split(", ")
+    assert len(accepted) == len(set(accepted)), "a name is listed twice"
+
+
+@pytest.mark.parametrize("kind", ["", "training"])
+def test_show_prints_presets_as_they_are(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Broken lines would be no TOML."""
+    for name, text in presets(kind).items():
+        assert run("show", name) == 0
+        assert capsys.readouterr().out.endswith(text)
+
+
+def test_a_table_in_a_pipe_is_not_cut(capsys: pytest.CaptureFixture[str]) -> None:
+    """However long the names are."""
+    names = ("setting " + 30 * "a", "defense " + 40 * "b", "attack " + 30 * "c", "solved, most " + 30 * "d")
+    _print_table([names, names])
+    assert [line.split() for line in capsys.readouterr().out.splitlines()] == 2 * [" ".join(names).split()]
 
 
 def test_init_and_dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
+from textwrap import indent
 from typing import Annotated, Any, TypeVar
 
 import typer
@@ -26,7 +27,7 @@ from rich.text import Text
 import keyhole.experiment.spec  # noqa: F401  (fills the registries)
 from keyhole.core import registry
 from keyhole.core.registry import Card, Registry
-from keyhole.errors import ConfigError, KeyholeError, UnknownName, Unmet
+from keyhole.errors import ConfigError, KeyholeError, UnknownName, Unmet, check_range
 from keyhole.experiment.audit import SETTING, audit
 from keyhole.experiment.dryrun import dry_run
 from keyhole.experiment.frontier import frontier
@@ -67,6 +68,8 @@ KINDS: dict[str, Registry] = {
 PAUSED = 3
 NAME_WIDTH = 48
 """Columns up to which the name at the head of a row is not broken."""
+WIDEST = 1000
+"""Columns of a table in a pipe or a log, at most."""
 Ray = Annotated[
     str | None, typer.Option("--ray", metavar="ADDRESS", help="Work on a Ray cluster: auto, host:port or local.")
 ]
@@ -262,12 +265,17 @@ def check_mod_command(
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
     from keyhole.fl import check_mod
 
+    if clip is not None:
+        check_range("--clip", clip, 0, open_low=True)
+    if noise_std is not None:
+        check_range("--noise-std", noise_std, 0)
     found = import_own(mod, "mod")
     if isinstance(found, type) or not (callable(found) or isinstance(found, list | tuple)):
         raise ConfigError(f"mod '{mod}' is a {type(found).__name__}; a mod that is made already, or a list, is needed.")
     network = build_model(model, input_shape=(1, 28, 28), num_classes=10, options={}, seed=0)
     sent, run = _entries("--config", config), _entries("--run-config", run_config)
-    facts = check_mod(found, network, config=sent, run_config=run, messages=messages)
+    with _Bars() as bars:
+        facts = check_mod(found, network, config=sent, run_config=run, messages=messages, told=bars.training)
     print(facts)
     if clip is not None or noise_std is not None:
         try:
@@ -322,15 +330,19 @@ def list_command(
 def show_command(name: Annotated[str, typer.Argument(help="The name of a method, model, data set or preset.")]) -> None:
     """Show a method's card, its knobs, and what is known to break it."""
     known = {**presets(), **presets("training")}
-    if name in known:
-        out.print(known[name], highlight=False)
-        return
     cards = [card for registered in KINDS.values() for card in registered if card.name == name]
-    if not cards:
-        everything = [card.name for registered in KINDS.values() for card in registered] + list(known)
+    if not cards and name not in known:
+        everything = {card.name for registered in KINDS.values() for card in registered} | set(known)
         raise UnknownName("name", name, everything)
-    for card in cards:
-        _show(card)
+    with out.capture() as shown:
+        for card in cards:
+            _show(card)
+    text = shown.get()
+    if name in known and cards:
+        # A method and a preset of one name: as comments, so that what is printed is still an audit file.
+        text = indent(f"{text}\nThe preset of this name:\n", "# ", lambda line: True)
+    # Written as it is: broken lines would be no TOML.
+    out.file.write(text + known.get(name, ""))
 
 
 def _show(card: Card) -> None:
@@ -439,10 +451,12 @@ def _print_training(plan: TrainingPlan, done: list[Trained], folder: Path) -> No
 def _print_table(lines: list[tuple[str, ...]]) -> None:
     # Names that were cut short would hide which strength a row is about.
     widest = min(NAME_WIDTH, max(len(row[0]) for row in lines))
-    table = Table(Column(lines[0][0], min_width=widest, overflow="fold"), *lines[0][1:], box=None, padding=(0, 1))
+    rest = [Column(name, overflow="fold") for name in lines[0][1:]]
+    table = Table(Column(lines[0][0], min_width=widest, overflow="fold"), *rest, box=None, padding=(0, 1))
     for row in lines[1:]:
         table.add_row(*row)
-    out.print(table)
+    # Elsewhere than on a terminal a table is as wide as it has to be.
+    (out if out.is_terminal else Console(width=WIDEST, markup=False, emoji=False)).print(table)
 
 
 def _report(folder: Path) -> None:

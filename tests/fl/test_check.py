@@ -531,6 +531,13 @@ def test_wrong_input_is_one_sentence() -> None:
             check_mod(**{"mod": arrays_size_mod, "model": Net(), **arguments})
 
 
+def test_tells_how_far_it_is() -> None:
+    said: list[tuple[str, float]] = []
+    check_mod(arrays_size_mod, Net(), norms=NORMS[:3], messages=10, told=lambda *one: said.append(one))
+    assert {what for what, _ in said} == {"sending 10 updates of each of 3 norms"}
+    assert [part for _, part in said] == [0.0, 0.25, 0.5, 1.0]
+
+
 CODE = """
 from flwr.clientapp.mod import LocalDpMod, fixedclipping_mod
 from torch import nn
@@ -577,5 +584,6 @@ def test_the_command_line(
     assert int(left.value.code or 0) == code
     printed = capsys.readouterr()
     assert sentence in printed.err and "Traceback" not in printed.err
-    assert printed.err.count("\n") == (code > 0)
+    said = [line for line in printed.err.splitlines() if line != "sending 10 updates of each of 7 norms"]
+    assert len(said) == (code > 0)
     assert ("210 parameters in 2 tensors" in printed.out) == (code < 2)

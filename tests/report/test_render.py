@@ -252,6 +252,18 @@ class TestCurves:
         assert [*values[:, 0], *values[:, -1]] == [4.0, 2.0, 1.0, 0.5]
         assert loss_history([replace(group, outcomes=outcomes[2:])]) is None
 
+    def test_a_history_of_one_evaluation_is_seen(self) -> None:
+        from keyhole.report.figures import loss_history
+        from keyhole.report.groups import Group
+
+        _, found, _ = world(rows=2, seeds=1)
+        dots = []
+        for history in (((10, 0.5),), ((1, 0.7), (10, 0.5))):
+            picture = loss_history([Group("none", "idlg", "naive", (replace(found[0], history=history),), {}, {})])
+            assert picture is not None
+            dots.append("fill: #1f5fa8" in base64.b64decode(picture.partition(",")[2]).decode())
+        assert dots == [True, False]
+
     def test_objective_below_zero(self) -> None:
         from keyhole.report.figures import loss_history
         from keyhole.report.groups import Group

@@ -25,6 +25,7 @@ from keyhole.report.intervals import (
     spread,
     wilson,
 )
+from keyhole.report.meaning import meaning
 from keyhole.report.summarize import Report, summarize
 from keyhole.report.verdict import WORDS
 
@@ -425,6 +426,22 @@ class TestVerdict:
         assert not part.complete
         assert "no attack has produced a score" in summarize(setting(found), []).verdict
         assert report_of([]).verdict.startswith("No attack has produced a score")
+
+    def test_complete_without_a_score(self) -> None:
+        """Nothing more will come, and what went wrong is said."""
+        found = [outcome([], status="failed")]
+        assert report_of(found).verdict == (
+            "No attack has produced a score, so that nothing can be said about leaks; "
+            "1 of 1 attack trials diverged, failed or were refused."
+        )
+
+    def test_meaning_ends_with_how_much_it_rests_on(self) -> None:
+        """However much there is to say of the defenses."""
+        fell = [outcome([0.9, 0.9], defense=(MASK,), attacker="adaptive:survivors")]
+        held = [outcome([0.0, 0.0], defense=(NOISE,), attacker="adaptive:denoise")]
+        said = meaning(report_of([outcome([0.9, 0.9]), *fell, *held]))
+        assert [sentence.split(" ")[0] for sentence in said] == ["Assume", "A", "“Not", "The"]
+        assert said[-1].startswith("The results rest on 2 images")
 
     def test_promises_nothing(self) -> None:
         texts = [

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad
+from torch.nn.parameter import is_lazy
 
 from keyhole.core.keys import bernoulli, fold_in, normal
 from keyhole.core.modes import (
@@ -126,6 +127,11 @@ class Task:
             ModelError: the model has BatchNorm or dropout and nothing says how they behave, has no linear layer that
                 gives the logits, or does not accept inputs of this shape.
         """
+        unmade = [name for name, tensor in model.state_dict().items() if is_lazy(tensor)]
+        if unmade:
+            raise ModelError(
+                f"'{unmade[0]}' of the model has no shape yet; run a lazy model once on an input before it is given."
+            )
         private = copy.deepcopy(model)
         norms, drops = norm_layers(private), drop_layers(private)
         if norms and batchnorm is None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import grad, vmap
 
 from keyhole.core.defense import chain
 from keyhole.core.keys import new_key, uniform
@@ -21,8 +22,8 @@ from keyhole.core.registry import DEFENSES, LABELS, MODELS
 from keyhole.core.task import Bounds, Task, weights_of
 from keyhole.core.told import Told, silent
 from keyhole.core.trial import Trial
-from keyhole.core.types import Weights
-from keyhole.errors import ConfigError, DataError, ModelError
+from keyhole.core.types import Tensors, Weights
+from keyhole.errors import ConfigError, DataError, ModelError, cause
 from keyhole.experiment.prior import best_guess
 from keyhole.experiment.spec import Experiment
 from keyhole.experiment.training import train_states
@@ -138,6 +139,7 @@ def prepare(experiment: Experiment, device: torch.device, told: Told = silent) -
         task = task_of(models[seeds[0]][0])
     else:
         task = _load(experiment, models, task_of)
+    check_model(task, dtype)
     weights = {seed: tuple(weights_of(model, dtype) for model in own) for seed, own in models.items()}
     facts: dict[int, dict[str, float]] = {}
     if experiment.state.trained:
@@ -176,6 +178,33 @@ def _check_apart(experiment: Experiment, states: dict[int, str]) -> None:
             )
 
 
+def check_model(task: Task, dtype: torch.dtype) -> None:
+    """Raises `ModelError` where the model does not run as attacks run it: differentiated, many trials beside another.
+
+    Without it every trial would fail by itself, and the report would be about nothing.
+    """
+    pixels = uniform(new_key(0), (2, 2, *task.input_shape), dtype)
+    targets = torch.eye(task.num_classes, dtype=dtype)[:2]
+    weights = weights_of(task.model, dtype)
+
+    def gradient(inputs: Tensor) -> tuple[Tensors, Tensor]:
+        def loss(params: Tensors) -> tuple[Tensor, Tensor]:
+            logits = task.logits(Weights(params, weights.buffers), inputs)
+            return task.loss(logits, targets).sum(), logits
+
+        return grad(loss, has_aux=True)(weights.params)
+
+    try:
+        _, logits = vmap(gradient)(task.bounds.from_pixels(pixels))
+    except Exception as error:
+        raise ModelError(
+            f"the model does not run under torch.func.grad and vmap, as attacks run it ({cause(error)}); it may change "
+            "nothing in place that it is given, and have no .item() and no branch on values."
+        ) from error
+    if not logits.isfinite().all():
+        raise ModelError("the model gives NaN or infinity for random images; look at its weights and its forward pass.")
+
+
 def _normalisation(
     experiment: Experiment, task: Task, mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype
 ) -> str:
@@ -208,13 +237,28 @@ def _networks(experiment: Experiment, seed: int) -> list[int]:
 
 
 def _model(experiment: Experiment, data: Data, seed: int) -> nn.Module:
-    return build_model(
+    model = build_model(
         experiment.model.name or str(experiment.model.factory),
         input_shape=data.image_shape,
         num_classes=data.num_classes,
         options=experiment.model.options,
         seed=seed,
     )
+    refuse_frozen(model)
+    return model
+
+
+def refuse_frozen(model: nn.Module) -> None:
+    """Raises `ModelError` where parameters are frozen: their gradients would be attacked, which no client sends."""
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    if frozen:
+        layers = ",".join(dict.fromkeys(name.rpartition(".")[0] or name for name in frozen))
+        more = f" and {len(frozen) - 1} more are" if len(frozen) > 1 else " is"
+        raise ModelError(
+            f"'{frozen[0]}'{more} frozen (requires_grad=False), and here clients train and send all parameters; do not "
+            f'freeze them in the factory, but add the defense {{ name = "withhold", layers = "{layers}" }}: its '
+            "adaptive attacker matches the rest."
+        )
 
 
 def _load(experiment: Experiment, models: dict[int, list[nn.Module]], task_of: Callable[[nn.Module], Task]) -> Task:

@@ -208,6 +208,8 @@ def _check_client(client: ClientSection, attacker: AttackerSection, model: Model
         raise ConfigError('client.fresh_weights needs client.series above 1 and state.train = "none".')
     if client.labels == "distinct" and client.size == 1:
         raise ConfigError('client.labels = "distinct" is about updates of several images.')
+    if state.train not in ("none", *TRAINED) and not Path(state.train).suffix and not Path(state.train).exists():
+        raise UnknownName("training", state.train, ("none", *TRAINED), "state.train (a file ends in .safetensors)")
     if state.seen is not None and state.train in ("none", *TRAINED):
         raise ConfigError("state.seen is about a file of weights; set state.train to its path, or remove it.")
     if not state.trained:

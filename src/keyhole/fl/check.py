@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from scipy import stats
 from torch import Tensor, nn
 
+from keyhole.core.told import Told, silent
 from keyhole.errors import ConfigError, check_range
 from keyhole.fl.bench import METRICS, NOTES, Answer, Arrays, Bench, Flat, Withheld, apart, plain, record, seed
 from keyhole.fl.facts import BY_ENTRY, BY_TENSOR, SURE, TOGETHER, UNSEEN, Bias, Case, Interval, Level, ModFacts
@@ -37,6 +38,7 @@ def check_mod(
     norms: Sequence[float] = NORMS,
     messages: int = 200,
     directions: int = 0,
+    told: Told = silent,
 ) -> ModFacts:
     """Measure what a mod does to updates: to which norm it clips, how much noise it adds, what it lets through.
 
@@ -55,6 +57,7 @@ def check_mod(
         messages: of each kind, at least 10; intervals shrink with the root of their number. Their number times those of
             norms and parameters is at most 2^27: with 200 messages, 95,000 parameters.
         directions: seed of the directions of updates.
+        told: is told how far it has come.
 
     Raises:
         ConfigError: the model has no parameters, or the mod lets no update through.
@@ -70,15 +73,23 @@ def check_mod(
     if messages * bench.size * len(norms) > _MOST:
         what = f"{messages} messages of {bench.size} parameters at {len(norms)} norms"
         raise ConfigError(f"{what} are too much to hold; take fewer messages or norms, or a smaller model.")
+    what = f"sending {messages} updates of each of {len(norms)} norms"
     with apart():
-        return _measured(bench, tuple(map(float, norms)), messages, np.random.default_rng(directions))
+        rng = np.random.default_rng(directions)
+        facts = _measured(bench, tuple(map(float, norms)), messages, rng, lambda part: told(what, part))
+    told(what, 1.0)
+    return facts
 
 
-def _measured(bench: Bench, norms: tuple[float, ...], count: int, rng: np.random.Generator) -> ModFacts:
+def _measured(
+    bench: Bench, norms: tuple[float, ...], count: int, rng: np.random.Generator, told: Callable[[float], None]
+) -> ModFacts:
     unit = bench.direction(rng)
     runs: list[_Run] = []
     levels: list[Level] = []
-    for norm in norms:
+    for step, norm in enumerate(norms):
+        # The last part stands for what is measured beside the norms.
+        told(step / (len(norms) + 1))
         try:
             runs.append(_Run(bench, norm * unit, count, runs[0] if runs else None))
             levels.append(Level(norm, runs[-1].share(), _std(runs[-1].out)[0]))

@@ -172,7 +172,9 @@ def loss_history(groups: Sequence[Group]) -> str | None:
             step = max(1, -(-len(values) // THIN_LINES))
             for line in values[::step]:
                 axes.plot(grid, line, color=color, linewidth=0.5, alpha=0.35)
-            axes.plot(grid, np.nanmedian(values, axis=0), color=color, linewidth=2, label=group.attacker)
+            # A single evaluation makes no line.
+            dot = "o" if grid.size == 1 else None
+            axes.plot(grid, np.nanmedian(values, axis=0), marker=dot, color=color, linewidth=2, label=group.attacker)
             smallest = min(smallest, float(np.nanmin(values)))
         if not np.isfinite(smallest):
             return None

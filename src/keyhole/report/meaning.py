@@ -16,7 +16,7 @@ from keyhole.report.verdict import FELL_FROM, NOT_BROKEN_UP_TO, beyond_controls,
 
 
 def meaning(report: Report) -> list[str]:
-    """Two or three sentences on what to make of the verdict."""
+    """Two to four sentences on what to make of the verdict; the last one says on how much it rests."""
     if labels_alone(report.rows):
         return _of_labels(report)
     defenses = by_defense(report.rows)
@@ -29,7 +29,7 @@ def meaning(report: Report) -> list[str]:
         said.append("A defense that fell to an attacker who knows it hides images only from those who do not.")
     if "not broken" in found:
         said.append("“Not broken” is about these attacks, this budget and this data: another attack may still succeed.")
-    if len(said) < 3 and (scored := [row for row in report.rows if row.is_scored]):
+    if scored := [row for row in report.rows if row.is_scored]:
         said.append(_rests_on(scored, report.several))
     return said
 

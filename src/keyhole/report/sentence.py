@@ -37,8 +37,8 @@ def verdict(rows: Sequence[Row], groups: Sequence[Group], settings: Sequence[str
     else:
         parts = _alone(rows, groups) if len(settings) == 1 else _several(rows, groups, settings)
     if not parts:
-        text = "no attack has produced a score yet, so that nothing can be said about leaks."
-        return prefix + (text if prefix else text.capitalize())
+        text = f"no attack has produced a score{' yet' if prefix else ''}, so that nothing can be said about leaks"
+        parts = [text if prefix else text.capitalize()]
     return prefix + "; ".join([*parts, *trouble(groups)]) + "."
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import re
 import struct
 from collections.abc import Callable, Iterator, Sequence
@@ -255,6 +256,7 @@ def _stack(name: str, images: list[Tensor], size: int | None) -> Tensor:
     # A few grey pictures among colour ones are common (ImageNet); equal channels show the same picture.
     same = [image.expand(channels, -1, -1) for image in images]
     if size is not None:
+        _check_fits(name, len(same) * channels, size)
         same = [_resize(image, size) for image in same]
     shapes = sorted({tuple(image.shape[1:]) for image in same})
     if len(shapes) > 1:
@@ -263,6 +265,16 @@ def _stack(name: str, images: list[Tensor], size: int | None) -> Tensor:
             f"images of '{name}' differ in size, from {h}x{w} to {h2}x{w2} pixels; set data.size to resize them."
         )
     return torch.stack(same)
+
+
+def _check_fits(name: str, planes: int, size: int) -> None:
+    """Raises `DataError` where resized images, as single-precision numbers, are larger than this machine's memory."""
+    needed, there = 4 * planes * size**2, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise DataError(
+            f"images of '{name}' at {size}x{size} pixels take {needed / 1e9:,.0f} GB, more than this machine has "
+            f"({there / 1e9:,.0f} GB); lower data.size, or the number of images."
+        )
 
 
 def _resize(image: Tensor, size: int) -> Tensor:

@@ -101,7 +101,12 @@ def import_own(path: str, what: str) -> Any:
         with _current_directory_first():
             found: Any = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:
-        raise ModelError(f"{what} '{path}': module '{module_name}' cannot be imported ({cause(error)}).") from error
+        # Only where the module itself is what is missing, not something that it imports in turn.
+        missing = isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}.")
+        hint = f"; it is looked for in '{os.getcwd()}' first, so run the command in the folder of your code"
+        raise ModelError(
+            f"{what} '{path}': module '{module_name}' cannot be imported ({cause(error)}){hint if missing else ''}."
+        ) from error
     for part in attribute.split("."):
         if not hasattr(found, part):
             raise ModelError(f"{what} '{path}': module '{module_name}' has no '{attribute}'.")
