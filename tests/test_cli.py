@@ -47,7 +47,7 @@ def undefined():
     ("arguments", "sentence"),
     [
         (["audit", "fases"], "did you mean 'faces'"),
-        (["audit", "absent.toml"], "no audit file"),
+        (["audit", "absent.toml"], "no file"),
         (["audit", "quick", "--set", "attacks.0.name=idgl"], "did you mean 'idlg'"),
         (["audit", "quick", "--set", "attacks.0.stepz=1"], "did you mean 'steps'"),
         (["audit", "quick", "--set", "run.sampels=1"], "did you mean 'samples'"),

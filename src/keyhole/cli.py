@@ -302,6 +302,10 @@ def report_command(folder: Annotated[Path, typer.Argument(metavar="DIR", help="A
             f"'{folder}' holds trainings: the command that made it writes its report again, and trains nothing twice; "
             f"the report of an audit in it alone is that of '{folder / 'audit'}'."
         )
+    if (folder / "updates").exists():
+        raise ConfigError(
+            f"'{folder}' holds the audit of a transcript: the command that made it writes its report again."
+        )
     _report(folder)
 
 

@@ -71,7 +71,9 @@ def test_an_update_under_noise_is_explained_by_what_scores_as_the_true_images_wo
     assert adaptive.explained_up_to is not None and share <= adaptive.explained_up_to < 1.5 * share + 1e-3
     assert adaptive.metrics["ssim"][0] > 0.8 and adaptive.explains
     assert naive.explains is None or naive.score <= 1e-3
-    assert conclusion(found).startswith("1 of 1 attacked update explained: images were found")
+    assert conclusion(found).startswith(
+        "1 of 1 private images leaked to the best attack on each update. 1 of 1 attacked"
+    )
     # Another image of that class does not.
     other = moved(model, [(torch.rand_like(image[0]), image[1])])
     wrong = square({name: sent[name] - other[name] for name in sent}) / square(sent)

@@ -118,7 +118,7 @@ def test_unclosed_toml_and_missing_file(tmp_path: object) -> None:
     path.write_text("[data\nname = 3")
     with pytest.raises(ConfigError, match="not valid TOML"):
         load_experiment(str(path))
-    with pytest.raises(ConfigError, match="no audit file"):
+    with pytest.raises(ConfigError, match="there is no file"):
         load_experiment("missing.toml")
     with pytest.raises(UnknownName, match="did you mean 'faces'"):
         load_experiment("facse")

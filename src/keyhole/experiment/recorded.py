@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,22 @@ import torch
 from torch import nn
 
 from keyhole.core.modes import drop_layers, norm_layers
+from keyhole.core.registry import MODELS
 from keyhole.core.task import Bounds, Task
 from keyhole.core.told import Told, silent
-from keyhole.errors import ConfigError, DataError, Refused
+from keyhole.errors import ConfigError, DataError, Refused, StoreError
 from keyhole.experiment.recorded_training import Known, known_from, training_of
 from keyhole.experiment.recorded_work import Case, Finding, attack_all
-from keyhole.experiment.setup import SMALLEST
-from keyhole.experiment.transcript import Recorded, Secret, read_secret, read_transcript, round_folder
+from keyhole.experiment.setup import SMALLEST, check_model
+from keyhole.experiment.store import Store
+from keyhole.experiment.transcript import (
+    TRANSCRIPT,
+    Recorded,
+    Secret,
+    read_secret,
+    read_transcript,
+    round_folder,
+)
 from keyhole.zoo.models import build_model
 
 
@@ -67,9 +76,11 @@ def audit_transcript(
         raise DataError(f"there is no folder of secrets '{secrets}'.")
     if known.sum and known.clients is not None:
         raise ConfigError("sum=true is the sum over all clients of a round; leave out clients.")
+    _check_place(folder, secrets, out)
     trained = _Trained(model, known)
     transcript = read_transcript(folder, trained.network, known.rounds, known.clients)
     task = trained.task
+    check_model(task, torch.float32)
     missing, unscored = list(transcript.missing), []
     cases: dict[str, Case] = {}
     for parts in _views(transcript.updates, known.sum):
@@ -88,7 +99,12 @@ def audit_transcript(
         secret = None if secrets is None else _secrets(task, secrets, parts)
         if secrets is not None and secret is None:
             unscored.append(one.name)
-        cases[_name(one, cases)] = Case(one, training, secret, known)
+        frozen = [] if known.defense else _still(one)
+        if frozen:
+            words = f"{len(frozen)} of {len(one.update)} parameters did not move ('{frozen[0]}'), as frozen ones do not"
+            training = replace(training, words=(*training.words, words))
+        withheld = [{"name": "withhold", "layers": ",".join(frozen)}] if frozen else known.defense
+        cases[_name(one, cases)] = Case(one, training, secret, known.model_copy(update={"defense": withheld}))
     if not cases:
         raise DataError(f"no recorded update can be attacked: {missing[-1]}")
     found = tuple(attack_all(cases, trained, out, jobs, told))
@@ -96,6 +112,22 @@ def audit_transcript(
         folder, model, transcript.about, transcript.recorded, tuple(missing), found, known, transcript.gaps,
         tuple(unscored),
     )  # fmt: skip
+
+
+def _check_place(folder: Path, secrets: Path | None, out: Path | None) -> None:
+    """Raises `StoreError` where the output folder holds something else."""
+    if out is None:
+        return
+    if out.resolve() in {folder.resolve(), *([] if secrets is None else [secrets.resolve()])}:
+        raise StoreError(f"'{out}' is what is audited; choose another --out.")
+    if (out / Store(out).config).exists() or (out / TRANSCRIPT).exists():
+        raise StoreError(f"'{out}' holds something else than the audit of a transcript; choose another --out.")
+
+
+def _still(one: Recorded) -> list[str]:
+    """Parameters that did not move at all, where others did: an attack that expects them to move finds nothing."""
+    still = [name for name, value in one.update.items() if not value.any()]
+    return still if len(still) < len(one.update) else []
 
 
 @dataclass(frozen=True)
@@ -110,6 +142,11 @@ class _Trained:
         """With any weights."""
         known = self.known
         shape = tuple(known.shape or ())
+        if self.model in MODELS and (known.shape is None or known.classes is None):
+            raise ConfigError(
+                f"'{self.model}' is one of Keyhole's models, which are made for a shape of images and a number of "
+                "classes: say them with --set shape=[1,28,28] and --set classes=10, for example."
+            )
         return build_model(self.model, input_shape=shape, num_classes=known.classes or 0, options={}, seed=known.seed)
 
     @cached_property
@@ -160,6 +197,8 @@ def _task(network: nn.Module, known: Known) -> Task:
         )
     if known.dropout is None and drop_layers(network):
         raise ConfigError("the model has dropout; say how clients ran it with --set dropout=off or dropout=active.")
+    if known.std is not None and known.mean is None:
+        raise ConfigError("std was given without mean; pixels are normalised as (pixel - mean) / std, so give both.")
     bounds = Bounds.of(tuple(known.mean or [0.0] * shape[0]), tuple(known.std or [1.0] * shape[0]))
     if bounds.mean.shape[0] != shape[0]:
         raise ConfigError(f"mean and std need {shape[0]} numbers, one for each channel.")

@@ -152,7 +152,7 @@ def training_of(task: Task, one: Recorded, known: Known) -> Training:
         words.append("images of all clients weighed alike, which is an assumption")
     lr, estimate = clients[0].lr, None
     if lr is None:
-        length, _ = _length(task, one)
+        length, _ = length_of(task, one)
         estimate = None if length is None else length / mean
         words.append(
             "learning rate unknown: only the update's direction is matched"
@@ -225,7 +225,7 @@ def _as_long(task: Task, one: Recorded, client: _Client) -> _Client:
     told = client.epochs is not None and (client.batch is not None or client.images == 1)
     if told or client.lr is None or client.images >= task.num_classes:
         return client
-    length, usable = _length(task, one)
+    length, usable = length_of(task, one)
     if length is None or not usable:
         return client
     steps = round(min(length / client.lr, MOST))
@@ -256,7 +256,7 @@ ADDED = 0.05
 """Sum of the last layer's bias over the classes, as a share of what rose, from which on something was added to it."""
 
 
-def _length(task: Task, one: Recorded) -> tuple[float | None, bool]:
+def length_of(task: Task, one: Recorded) -> tuple[float | None, bool]:
     """Learning rate times steps, from the last layer's bias: a class without images gets ``lr steps p`` there.
 
     The probabilities p are those of noise at the weights sent. Too small where all classes have images. Also says

@@ -23,12 +23,12 @@ from keyhole.core.told import Told, silent
 from keyhole.core.trial import Spec
 from keyhole.core.types import Tensors
 from keyhole.errors import ConfigError
-from keyhole.experiment.recorded_training import MOST, Known, Training
+from keyhole.experiment.recorded_training import MOST, Known, Training, length_of
 from keyhole.experiment.recorded_work import Case, Finding, attack_all
 from keyhole.experiment.store import Store
 from keyhole.experiment.train import SECRETS, TRANSCRIPT, Problem, Trained
 from keyhole.experiment.training_plan import FederationSection, TrainingPlan
-from keyhole.experiment.transcript import read_secret, read_transcript
+from keyhole.experiment.transcript import Recorded, read_secret, read_transcript
 from keyhole.solve.files import write_tensors
 
 FOLDER, FILE, PICTURES = "sent", "sent.json", "pictures.safetensors"
@@ -100,7 +100,7 @@ def attack_sent(
         for one in transcript.updates:
             secret = read_secret(run.folder / SECRETS, one.round, one.client)
             assert secret is not None and one.examples is not None
-            training = training_of(plan.federation, one.examples)
+            training = training_of(plan.federation, task, one)
             name = f"{run.folder.parent.name}-seed-{run.seed}-round-{one.round:04d}-client-{one.client}"
             cases[name] = Case(one, training, secret, known, index)
             whose.append((name, run.defense, run.seed))
@@ -129,15 +129,18 @@ def keep_sent(sent: Sequence[SentUpdate], folder: Path, name: Callable[[tuple[Sp
     write_tensors(folder / FOLDER / PICTURES, pictures, {})
 
 
-def training_of(federation: FederationSection, images: int) -> Training:
+def training_of(federation: FederationSection, task: Task, one: Recorded) -> Training:
     """How such a client trained, as its attacker knows it: all but the order of its images.
 
-    With momentum steps get longer: those of one direction by ``(1 - m^k) / (1 - m)`` at the k-th. Where steps are
-    clipped their lengths are not known, and only directions are compared.
+    With momentum steps get longer: those of one direction by ``(1 - m^k) / (1 - m)`` at the k-th. Where gradients are
+    clipped the lengths of steps are not known, and only directions are compared; for label rules that need a length it
+    is estimated from the last layer, if a class is sure to have no images there.
 
     Raises:
         ConfigError: an update is of more images or steps than can be attacked.
     """
+    assert one.examples is not None
+    images = one.examples
     batch = min(federation.batch_size, images)
     steps = federation.epochs * -(-images // batch)
     if max(images, steps) > MOST:
@@ -147,7 +150,11 @@ def training_of(federation: FederationSection, images: int) -> Training:
         )
     m = federation.momentum
     longer = sum((1 - m**k) / (1 - m) for k in range(1, steps + 1)) / steps
-    rule = LocalSGD(federation.epochs, federation.lr * longer, batch, "fixed" if steps == 1 else "shuffled")
+    rate = federation.lr * longer
+    if federation.clip and images < task.num_classes:
+        length, _ = length_of(task, one)
+        rate = min(rate, rate if length is None else length / steps)
+    rule = LocalSGD(federation.epochs, rate, batch, "fixed" if steps == 1 else "shuffled")
     words = [
         f"{images} image{'s' * (images != 1)}",
         f"{steps} step{'s' * (steps != 1)} of up to {batch} at learning rate {federation.lr:g}, momentum {m:g}",

@@ -80,11 +80,11 @@ def read_source(source: str, known: dict[str, str], overrides: Sequence[str]) ->
     path = Path(source)
     if source.endswith(".toml") or os.path.isfile(path):
         if not os.path.isfile(path):
-            raise ConfigError(f"there is no audit file '{source}'.")
+            raise ConfigError(f"there is no file '{source}'.")
         try:
             text, title = path.read_text(errors="replace"), path.stem
         except OSError as error:
-            raise ConfigError(f"the audit file '{source}' cannot be read ({cause(error)}).") from error
+            raise ConfigError(f"'{source}' cannot be read ({cause(error)}).") from error
     else:
         if source not in known:
             raise UnknownName("preset", source, known, "the command (a path must end in .toml)")

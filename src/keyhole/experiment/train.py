@@ -34,7 +34,7 @@ from keyhole.defenses.user_dp import UserDP
 from keyhole.errors import ConfigError, DataError, ModelError, StoreError, cause
 from keyhole.experiment.plan import build_defense
 from keyhole.experiment.recording import record_round, record_secrets
-from keyhole.experiment.setup import TRAIN_IMAGES, find_device
+from keyhole.experiment.setup import TRAIN_IMAGES, find_device, refuse_frozen
 from keyhole.experiment.store import Store
 from keyhole.experiment.training_plan import TrainingPlan
 from keyhole.experiment.work import HERE, Workers, available_cores, in_processes
@@ -206,7 +206,7 @@ class Problem:
         if len(data.train) <= section.test:
             raise DataError(
                 f"data set '{section.name}' has {len(data.train)} images left beside the other pools, and data.test "
-                f"takes {section.test}; lower data.test, data.candidates or data.target."
+                f"takes {section.test}; lower data.test, data.candidates or data.target, or raise data.train."
             )
         self.plan, self.data, self.device, self.workers = plan, data, device, workers
         self.federation = plan.federation.federation()
@@ -375,13 +375,15 @@ class Problem:
 
     def network(self, seed: int) -> nn.Module:
         """The user's model, before any defense changes it."""
-        return build_model(
+        model = build_model(
             self.plan.model.name or str(self.plan.model.factory),
             input_shape=self.data.image_shape,
             num_classes=self.data.num_classes,
             options=self.plan.model.options,
             seed=seed,
         )
+        refuse_frozen(model)
+        return model
 
 
 def training_key(seed: int) -> Tensor:

@@ -17,7 +17,26 @@ from keyhole.experiment.recorded_work import Finding
 from keyhole.report.groups import LEAK_MARGIN, LEAK_SSIM, SLACK
 from keyhole.solve.files import make_folder, tensors_as_bytes, write_whole
 
-HEAD = ("round", "client", "images", "steps", "prediction", "attack", "attacker", "status", "score", "SSIM", "leaked")
+HEAD = (
+    "round",
+    "client",
+    "images",
+    "steps",
+    "prediction",
+    "attack",
+    "attacker",
+    "status",
+    "score",
+    "SSIM (noise)",
+    "leaked",
+)
+
+NOTE = (
+    "Score: the attack's own distance between the update and what its images would have caused; 0 explains all of it. "
+    "SSIM: mean similarity to the private images, paired one to one, and in brackets that of what the same attack "
+    f"makes of noise in place of the update. Leaked: images with an SSIM of at least {LEAK_SSIM:g} that is at least "
+    f"{LEAK_MARGIN:g} above that of noise for the same image. Status: how the search ended."
+)
 
 PICTURES = 16
 """Images of one attack on the page."""
@@ -81,14 +100,14 @@ def _attack(one: Attempt) -> dict[str, Any]:
 
 
 def conclusion(findings: Findings) -> str:
-    """The result in a few sentences."""
+    """The result in a few sentences, what leaked first."""
+    said = [_leaked_in_words(findings)] if any(one.truth is not None for one in findings.found) else []
     answers = [explains(one) for one in findings.found]
     explained, unknown = answers.count(True), answers.count(None)
     judged = len(answers) - unknown
-    said = []
     if judged:
-        said.append(f"{explained} of {judged} attacked update{'s' * (judged != 1)} explained")
-        said[0] += ": images were found that would have caused (nearly) the same update." if explained else "."
+        how = ": images were found that would have caused (nearly) the same update" if explained else ""
+        said.append(f"{explained} of {judged} attacked update{'s' * (judged != 1)} explained{how}.")
     if unknown:
         said.append(
             f"Of {unknown} attacked update{'s' * (unknown != 1)} the attacks' own score tells nothing: after a defense "
@@ -97,16 +116,20 @@ def conclusion(findings: Findings) -> str:
         )
     if explained < judged:
         said.append("What is not explained is not safe for that: what was found may still resemble the images.")
+    if all(one.truth is None for one in findings.found):
+        said.append(_leaked_in_words(findings))
+    return " ".join(said)
+
+
+def _leaked_in_words(findings: Findings) -> str:
     scored = [one for one in findings.found if one.truth is not None]
     if scored:
         worst = [max((sum(leaks(a)) for a in one.attempts), default=0) for one in scored]
         images = sum(len(one.truth) for one in scored if one.truth is not None)
-        said.append(f"{sum(worst)} of {images} private images leaked to the best attack on each update.")
-    elif findings.unscored:
-        said.append("Nothing was scored: the folder of secrets has none of these clients and rounds.")
-    else:
-        said.append("What leaked only the secrets of a test run can tell (--secrets).")
-    return " ".join(said)
+        return f"{sum(worst)} of {images} private images leaked to the best attack on each update."
+    if findings.unscored:
+        return "Nothing was scored: the folder of secrets has none of these clients and rounds."
+    return "What leaked only the secrets of a test run can tell (--secrets)."
 
 
 def explains(one: Finding) -> bool | None:
@@ -132,7 +155,7 @@ def lines(findings: Findings) -> list[tuple[str, ...]]:
                     attempt.attacker,
                     attempt.status,
                     f"{attempt.score:.2g}",
-                    f"{np.mean(ssim):.2f}" if ssim else "-",
+                    f"{np.mean(ssim):.2f} ({np.mean(attempt.control['ssim']):.2f})" if ssim else "-",
                     f"{sum(judged)} of {len(judged)}" if judged else "-",
                 )
             )
@@ -175,7 +198,7 @@ def _markdown(findings: Findings) -> str:
         for one in findings.found
     ]
     notes = [f"- {text}" for text in remarks(findings)]
-    parts = ["# Transcript audited", conclusion(findings), *table, "", "## How the clients trained", *known]
+    parts = ["# Transcript audited", conclusion(findings), *table, "", NOTE, "", "## How the clients trained", *known]
     return "\n".join([parts[0], "", parts[1], "", *parts[2:], *(["", "## Remarks", *notes] if notes else []), ""])
 
 
@@ -191,6 +214,7 @@ def _html(findings: Findings) -> str:
     body = [
         "<h1>Transcript audited</h1>",
         f"<p>{escape(conclusion(findings))}</p>",
+        f"<p>{escape(NOTE)}</p>",
         f"<table><tr>{''.join(f'<th>{escape(cell)}</th>' for cell in head)}</tr>{cells}</table>",
     ]
     for one in findings.found:
@@ -203,7 +227,8 @@ def _html(findings: Findings) -> str:
     if said := remarks(findings):
         body.append(f"<h2>Remarks</h2><ul>{''.join(f'<li>{escape(text)}</li>' for text in said)}</ul>")
     style = (
-        "body{font:15px sans-serif;margin:2em}td,th{padding:.2em .6em;text-align:left}img{image-rendering:pixelated}"
+        "body{font:15px sans-serif;margin:2em}td,th{padding:.2em .6em;text-align:left}"
+        "img{image-rendering:pixelated;margin:0 3px 3px 0}"
     )
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8"><title>Transcript audited</title>'
