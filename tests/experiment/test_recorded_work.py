@@ -105,9 +105,9 @@ def test_an_attack_that_was_cut_off_goes_on_and_those_before_it_are_not_run_agai
     done, fractions = counted(monkeypatch), list[tuple[str, float]]()
     same(whole, run(folder, told=lambda what, fraction: fractions.append((what, fraction))))
     assert done == [("8", "inverting_gradients")]
-    # Two attacks; of the second, on the update and on noise, a sixth was done.
+    # Two attacks, and a third of the second was done.
     going = [fraction for what, fraction in fractions if what == "round-0001-client-8"]
-    assert going[0] > 0.66 and going[-1] == 1.0
+    assert going[0] > 0.75 and going[-1] == 1.0
     assert not checkpoint.exists()
 
 
@@ -180,15 +180,6 @@ def test_the_output_folder_must_be_its_own(folder: Path) -> None:
     (folder / "file").write_text("")
     with pytest.raises(StoreError, match="cannot write to the output folder"):
         run(folder, out="file")
-
-
-def test_what_is_found_is_the_same_to_the_last_bit_without_secrets(folder: Path) -> None:
-    with_secrets = run(folder, out=None)
-    without = audit_transcript(folder / "t", MODEL, changes=(BRIEF,))
-    for one, two in zip(with_secrets.found, without.found, strict=True):
-        for a, b in zip(one.attempts, two.attempts, strict=True):
-            assert torch.equal(a.guesses, b.guesses) and a.score == b.score
-            assert a.metrics and not b.metrics
 
 
 def test_parameters_that_did_not_move_are_not_expected_to(tmp_path: Path) -> None:

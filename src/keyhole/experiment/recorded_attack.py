@@ -99,11 +99,14 @@ def attempt(
         # statistics are part of what was sent, and would say as much as the update.
         noise = noise_update(one.update, fold_in(key, "prior only"))
         seen.append(seen[0]._replace(update=noise, statistics=None))
-    # Each by itself: what is found is then the same to the last bit with secrets and without.
-    watches = [_part(watch or Watch(), place, len(seen)) for place in range(len(seen))]
+    # What is solved together, at the cost of little more than one, sees the same fields.
+    runs = [seen] if one.statistics is None else [[each] for each in seen]
+    watches = [_part(watch or Watch(), place, len(runs)) for place in range(len(runs))]
     try:
         solved, *blind = [
-            _solved(task, each, training, attack, counter, key, own) for each, own in zip(seen, watches, strict=True)
+            found
+            for run, own in zip(runs, watches, strict=True)
+            for found in _solved(task, run, training, attack, counter, key, own)
         ]
     except Refused as error:
         nothing = torch.zeros(0, *task.input_shape)
@@ -179,18 +182,18 @@ def _scored(task: Task, guesses: Tensor, secret: Secret) -> tuple[Tensor, dict[s
 
 def _solved(
     task: Task,
-    seen: Observation,
+    seen: list[Observation],
     training: Training,
     attack: Attack,
     counter: Counter,
     key: Tensor,
     watch: Watch,
-) -> Solved:
-    """The attack on what was seen."""
+) -> list[Solved]:
+    """The attack on several observations from the same weights, with the same start."""
     belief: Belief = Simulated(training.rule)
     if training.steps > 1:
         belief = BELIEFS.build("straight_line", rule=training.rule)
-    statistics: frozenset[Field] = frozenset(() if seen.statistics is None else ("statistics",))
+    statistics: frozenset[Field] = frozenset(() if seen[0].statistics is None else ("statistics",))
     sees = frozenset[Field]({"weights", "update"}) | statistics
     threat = ThreatModel(training.rule, belief, training.images, sees, counter.told(training.images))
     missing = (attack.needs | counter.needs) - threat.sees
@@ -198,8 +201,8 @@ def _solved(
         raise Refused(f"it needs {', '.join(sorted(missing))}, which a transcript does not hold.")
     if counter.one_step and training.steps > 1:
         raise Refused(f"it can only explain an update of one gradient; here it is made of {training.steps}.")
-    keys = key[None]
-    shared = Shared(seen.weights)
+    keys = key.expand(len(seen), -1).clone()
+    shared = Shared(seen[0].weights)
     images = None
     if isinstance(attack, IterativeAttack) and attack.initial != "random":
         if attack.initial != "gray":
@@ -211,11 +214,10 @@ def _solved(
             raise Refused("its second attack works on images, and this attack finds none.")
         # Elsewhere it starts from the mean of public images.
         then = _gray(task, counter.then, training.images, keys)
-    (found,) = solve(attack, task, threat, (stack([seen], shared),), images, keys, shared, watch, then_images=then)
-    return found
+    return solve(attack, task, threat, (stack(seen, shared),), images, keys, shared, watch, then_images=then)
 
 
 def _gray(task: Task, attack: IterativeAttack, images: int, keys: Tensor) -> Tensor:
-    """Start images (1, starts, r, *shape) of one trial."""
-    noise = normal(fold_in(keys[0], "start images"), (1, attack.restarts, images, *task.input_shape))
-    return task.bounds.from_pixels(0.5 + START_JITTER * noise)
+    """Start images (trials, starts, r, *shape), the same for all trials, which have one key."""
+    noise = normal(fold_in(keys[0], "start images"), (attack.restarts, images, *task.input_shape))
+    return task.bounds.from_pixels(0.5 + START_JITTER * noise).expand(len(keys), *noise.shape).clone()
