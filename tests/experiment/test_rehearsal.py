@@ -120,3 +120,21 @@ def test_the_command_leaves_nothing_behind(
     assert run("train", "small.toml", "--dry-run", "--backend", "flower") == 2
     assert run("frontier", "small.toml", "--dry-run", "--ray", "local") == 2
     assert [path.name for path in tmp_path.iterdir()] == ["small.toml"]
+
+
+def test_attacks_on_what_clients_send_are_counted_and_timed(
+    plan: TrainingPlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a clock that moves a second at each look, ten evaluations take one."""
+    raw = tomllib.loads(FILE)
+    raw["audit"]["sent"] = {"clients": 2, "attacks": [{"name": "inverting_gradients", "steps": 300, "restarts": 2}]}
+    own = parse_training(raw, "small")
+    ticks = iter(range(10**6))
+    monkeypatch.setattr("keyhole.experiment.rehearsal.time.perf_counter", lambda: float(next(ticks)))
+    found = rehearse(own, study_to_come(own, defense_name), jobs=1)
+    # Rounds 1 and 2 of two seeds and two clients; naive without a defense, naive and one who knows it with pruning.
+    attackers, updates = 1 + 2, 2 * 2 * 2
+    assert found.sent_seconds == pytest.approx(600 / 10 * attackers * updates)
+    said = "\n".join(rehearsal_in_words(found, defense_name))
+    assert "16 updates that clients themselves send: 24 minutes of core time." in said
+    assert rehearse(plan, jobs=1).sent_seconds == 0.0

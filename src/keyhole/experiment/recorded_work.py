@@ -15,7 +15,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +25,7 @@ from keyhole.core.defense import Counter, Defense, chain
 from keyhole.core.registry import ATTACKS, DEFENSES
 from keyhole.core.task import Task
 from keyhole.core.told import Told, silent
+from keyhole.core.trial import Spec
 from keyhole.core.types import Tensors
 from keyhole.experiment.feasibility import Reason, Verdict
 from keyhole.experiment.options import method
@@ -81,6 +81,15 @@ class Finding:
     attempts: tuple[Attempt, ...]
     truth: Tensor | None
     """Secret pixels, where they were given."""
+
+
+def attacks_of(known: Known, training: Training) -> list[Spec]:
+    """Those that were asked for, or else those that fit how the client trained."""
+    specs = [method(ATTACKS, raw, "attack") for raw in known.attacks or (ONE_STEP if training.steps == 1 else STEPS)]
+    if training.scale_known or known.attacks is not None:
+        return specs
+    # A distance of lengths would compare with a guess at the learning rate.
+    return [spec for spec in specs if spec.name == "inverting_gradients"]
 
 
 def attack_all(
@@ -148,12 +157,7 @@ class _Work:
         self.case, (self.network, self.task) = case, trained
         self.path = None if path is None else path.with_name(f"{path.name}.safetensors")
         known, training = case.known, case.training
-        specs = [
-            method(ATTACKS, raw, "attack") for raw in known.attacks or (ONE_STEP if training.steps == 1 else STEPS)
-        ]
-        if not training.scale_known and known.attacks is None:
-            # A distance of lengths would compare with a guess at the learning rate.
-            specs = [spec for spec in specs if spec.name == "inverting_gradients"]
+        specs = attacks_of(known, training)
         links = [method(DEFENSES, raw, "defense") for raw in known.defense]
         self.links = [spec.name for spec in links]
         self.defense: Defense = chain(*(DEFENSES.build(spec.name, **spec.asdict()) for spec in links))
@@ -163,7 +167,7 @@ class _Work:
         self.planned = [(name, attack, counter) for name, attack in built for counter in counters]
         self.identity = self._identity([*specs, *links]) if path is not None else ""
 
-    def _identity(self, specs: Sequence[Any]) -> str:
+    def _identity(self, specs: Sequence[Spec]) -> str:
         case, one = self.case, self.case.update
         parts = [*one.weights, one.update, one.moved]
         secret = {} if case.secret is None else {"inputs": case.secret.inputs, "labels": case.secret.labels}

@@ -10,17 +10,25 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import one_hot
 
+from keyhole.core.defense import Counter
+from keyhole.core.registry import ATTACKS
 from keyhole.core.trial import Spec
+from keyhole.core.types import Weights
 from keyhole.experiment.dryrun import dry_run
 from keyhole.experiment.frontier import Namer, study_at
 from keyhole.experiment.plan import build_defense
 from keyhole.experiment.prospect import Prospect, in_hours
+from keyhole.experiment.recorded_attack import attempt
+from keyhole.experiment.recorded_training import Known
+from keyhole.experiment.recorded_work import attacks_of
 from keyhole.experiment.sections import StateSection, Study
+from keyhole.experiment.sent_updates import training_of
 from keyhole.experiment.setup import find_device
 from keyhole.experiment.train import Problem, training_key
 from keyhole.experiment.training_plan import TrainingPlan
+from keyhole.experiment.transcript import Recorded, Secret
 from keyhole.experiment.work import available_cores
-from keyhole.federation.local import train_round
+from keyhole.federation.local import Round, train_round
 from keyhole.federation.states import accuracy
 from keyhole.solve.threads import one_thread
 
@@ -37,6 +45,8 @@ class Rehearsal:
     jobs: int
     """Trainings at a time."""
     audit: Prospect | None
+    sent_seconds: float = 0.0
+    """Core time of the attacks on what clients themselves send."""
 
     def one_training(self, specs: tuple[Spec, ...]) -> float:
         """Seconds of one training under a defense, whose first round is done without it too."""
@@ -86,23 +96,55 @@ def rehearse(plan: TrainingPlan, study: Study | None = None, *, jobs: int = 0, d
         tested = time.perf_counter() - began
     known = None if study is None else dry_run(study, jobs=jobs, device=device, later=lambda s: s.train != "none")
     at_a_time = min((jobs or available_cores()) if where.type == "cpu" else 1, len(plan.defenses) * len(plan.run.seeds))
-    return Rehearsal(plan, seconds, tested, at_a_time, known)
+    with one_thread(where):
+        sent = _sent_seconds(problem) if study is not None and plan.sent is not None else 0.0
+    return Rehearsal(plan, seconds, tested, at_a_time, known, sent)
 
 
 def _one_client(problem: Problem, specs: tuple[Spec, ...]) -> float:
     """Seconds of the first client's first round."""
+    began = time.perf_counter()
+    _first_round(problem, specs)
+    if problem.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def _first_round(problem: Problem, specs: tuple[Spec, ...]) -> tuple[Weights, Round]:
+    """What the first client is sent, and what it sends."""
     seed = problem.plan.run.seeds[0]
     start, task = problem.fresh(specs, seed), problem.task(specs)
     targets = one_hot(problem.labels, task.num_classes).to(problem.inputs.dtype)
-    began = time.perf_counter()
-    train_round(
+    back = train_round(
         task, start, problem.inputs, targets, problem.parts(seed)[:1],
         problem.federation.local(problem.plan.federation.server()), training_key(seed),
         defense=build_defense(specs) if specs else None, public=problem.public,
     )  # fmt: skip
-    if problem.device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
+    return start, back
+
+
+def _sent_seconds(problem: Problem) -> float:
+    """From ten evaluations of each attack on the first client's first update, as if all were like that one."""
+    plan, task, seed = problem.plan, problem.task(()), problem.plan.run.seeds[0]
+    assert plan.sent is not None
+    start, back = _first_round(problem, ())
+    rows = problem.parts(seed)[0].to(problem.device)
+    update = {name: value - back.weights.params[name][0] for name, value in start.params.items()}
+    one = Recorded(1, "0", start, update, len(rows), {})
+    training = training_of(plan.federation, task, one)
+    secret = Secret(problem.inputs[rows], problem.labels[rows])
+    each = 0.0
+    for spec in attacks_of(Known(attacks=plan.sent.attacks), training):
+        options = spec.asdict()
+        whole = {"steps": 1, "restarts": 1} | {k: v for k, v in options.items() if k in ("steps", "restarts")}
+        brief = {name: min(value, {"steps": 10, "restarts": 1}.get(name, value)) for name, value in whole.items()}
+        attack = ATTACKS.build(spec.name, **options | {k: v for k, v in brief.items() if k in options})
+        began = time.perf_counter()
+        attempt(task, one, training, spec.name, attack, Counter(), seed, secret)
+        ratio = whole["steps"] * whole["restarts"] / (brief["steps"] * brief["restarts"])
+        each += (time.perf_counter() - began) * ratio
+    attackers = sum(1 + len(build_defense(specs).counters()) if specs else 1 for specs in plan.defenses)
+    return each * attackers * len(plan.run.seeds) * len(plan.recorded) * plan.sent.clients
 
 
 def rehearsal_in_words(found: Rehearsal, name: Namer) -> Iterator[str]:
@@ -129,6 +171,9 @@ def rehearsal_in_words(found: Rehearsal, name: Namer) -> Iterator[str]:
             f"  At most {in_hours(cost.wall_seconds)} with {cost.jobs} jobs ({in_hours(cost.core_seconds)} of core "
             f"time), about {found.audit.memory / 1e9:.1f} GB of memory."
         )
+        if plan.sent is not None:
+            count = len(plan.defenses) * seeds * len(plan.recorded) * plan.sent.clients
+            yield f"  {count} updates that clients themselves send: {in_hours(found.sent_seconds)} of core time."
         yield f"  Prediction without a defense, {settings[0].setting}: {settings[0].feasibility.verdict}."
     attacks = "" if found.audit is None else " and a few steps of each attack"
     yield f"Estimates, from the first round of one client{attacks} on this machine as it is now."
