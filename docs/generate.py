@@ -180,6 +180,8 @@ def measured_frontiers() -> Iterator[str]:
     for name, found in json.loads(kept.read_text()).items():
         yield from ("", f"### `{name}`", "", f"{found['date']}.", "")
         yield from table(head, [frontier_line(point) for point in found["points"]])
+        if "sent" in found:
+            yield from ("", found["sent"])
 
 
 def frontier_line(point: dict[str, Any]) -> tuple[str, ...]:

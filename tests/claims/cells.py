@@ -17,6 +17,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from keyhole.report.sent import sent_in_words
 from keyhole.report.verdict import FELL_FROM, NOT_BROKEN_UP_TO
 
 HERE = Path(__file__).parent
@@ -123,9 +124,10 @@ INVERSION_NAMES = ("fedinverse_digits", "fedinverse_mnist", "fedinverse_mnist_de
 
 
 def keep_frontier(name: str, folder: Path, today: str) -> None:
-    """The points of a frontier: accuracy and worst leak rate of each defense."""
+    """The points of a frontier: accuracy and worst leak rate of each defense; and what clients themselves sent."""
     found = json.loads((folder / "report.json").read_text())
-    _keep(FRONTIERS, name, {"date": today, "points": found["points"]})
+    sent = {"sent": sent_in_words(found["sent"])} if found.get("sent") else {}
+    _keep(FRONTIERS, name, {"date": today, "points": found["points"], **sent})
 
 
 def keep_inversion(name: str, folder: Path, today: str) -> None:

@@ -135,12 +135,14 @@ def test_an_image_comes_back_from_what_its_client_sent(run: Run) -> None:
         for defense in ("none", "random_masking(rate=0.5)") for number in (1, 2) for client in "0"
     ]  # fmt: skip
     for update in report["sent"]:
-        assert (update["images"], update["steps"], update["prediction"]) == (1, 1, update["prediction"])
+        assert (update["images"], update["steps"]) == (1, 1)
         naive = update["attacks"][0]
         assert naive["attacker"] == "naive"
         if update["defense"] == "none":
             assert naive["metrics"]["ssim"][0] > 0.9 > naive["control"]["ssim"][0] + 0.2
             assert naive["metrics"]["label_accuracy"] == [1.0]
+            # Said before it was tried.
+            assert update["prediction"] == "likely recoverable"
         else:
             assert [one["attacker"] for one in update["attacks"]] == ["naive", "adaptive:survivors"]
 

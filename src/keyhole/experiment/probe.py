@@ -24,8 +24,9 @@ from keyhole.experiment.sections import ClientSection, Experiment
 from keyhole.experiment.setup import Setup
 from keyhole.solve.lbfgs import LBFGS
 
-BY_LBFGS, BY_OTHERS = 1e-3, 3e-2
-"""How near to the update attacks come, as a share of its norm: by L-BFGS without a tolerance, and by others."""
+BY_LBFGS, BY_OTHERS, BY_OTHERS_SMOOTHLY = 1e-3, 3e-2, 3e-3
+"""How near to the update attacks come, as a share of its norm: by L-BFGS without a tolerance, by others, and by others
+on networks without kinks: `inverting_gradients` came within 0.001 to 0.007 of updates of 1 to 4 digits."""
 
 ROUNDING = 1e-6
 """What single precision leaves of a tolerance that asks for more."""
@@ -102,9 +103,9 @@ def look(experiment: Experiment, setup: Setup, attacks: list[Attack]) -> Facts:
         inputs = task.bounds.from_pixels(pixels)
         return flatten(rule(gradient, weights, batch._replace(inputs=inputs), key).update)
 
-    precision = math.hypot(min(map(precision_of, attacks), default=BY_OTHERS), mismatch)
-    flat = flatten(update)
     kinks, depth, work = operations(task, weights, batch.inputs)
+    precision = math.hypot(min((precision_of(attack, kinks) for attack in attacks), default=BY_OTHERS), mismatch)
+    flat = flatten(update)
     small = work * rule.steps(client.size) <= MOST_WORK
     return Facts(
         images=client.size,
@@ -146,15 +147,17 @@ def public_batch(setup: Setup, client: ClientSection) -> Batch:
     return Batch(inputs, targets, inputs.new_full((client.size,), 1.0 / client.size))
 
 
-def precision_of(attack: Attack) -> float:
+def precision_of(attack: Attack, kinks: tuple[str, ...]) -> float:
     """How near to the update an attack comes where nothing hinders it, as a share of the update's norm.
 
     L-BFGS comes down to its tolerance, which is a squared distance.
     """
     one = attack.inner if isinstance(attack, SequentialAttack) else attack
-    if isinstance(one, GradientMatching) and isinstance(one.optimizer, LBFGS):
+    if not isinstance(one, GradientMatching):
+        return BY_OTHERS
+    if isinstance(one.optimizer, LBFGS):
         return max(math.sqrt(one.tolerance), ROUNDING) if one.tolerance > 0 else BY_LBFGS
-    return BY_OTHERS
+    return BY_OTHERS if kinks else BY_OTHERS_SMOOTHLY
 
 
 def dead_units(update: Tensors) -> float:

@@ -50,7 +50,7 @@ def _reasons(
         (0.5 + 0.1 * normal(new_key(1), (training.images, *task.input_shape))).clamp(0.0, 1.0)
     )
     kinks, depth, work = operations(task, one.weights, batch)
-    precision = min(map(precision_of, attacks), default=1.0)
+    precision = min((precision_of(attack, kinks) for attack in attacks), default=1.0)
     pinned = None
     if work <= MOST_WORK and training.steps == 1:
         targets = nn.functional.one_hot(torch.arange(training.images) % task.num_classes, task.num_classes).float()

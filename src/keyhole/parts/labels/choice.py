@@ -37,7 +37,8 @@ def random(task: Task, batch_size: int, observation: Observation, key: Key) -> T
 def auto(task: Task, batch_size: int, observation: Observation, key: Key) -> Tensor:
     """The rule that fits: `idlg` for one image, else `ilrg` if the head has a bias, else `geng`.
 
-    The order is that of the overlaps measured on untrained networks, see `ilrg` and `geng`.
+    The order is that of the overlaps measured on untrained networks, see `ilrg` and `geng`. Attacks on updates of
+    several local steps take `geng` in its place (`keyhole.attacks.recovery.read_labels`).
     """
     rule: LabelRule
     if batch_size == 1:
