@@ -21,6 +21,7 @@ from keyhole.parts.labels.head import head_of
 _LR = ("lr", "learning-rate", "learning_rate")
 _EPOCHS = ("local-epochs", "local_epochs", "epochs")
 _BATCH = ("batch-size", "batch_size")
+_CLIP = ("clip", "max-grad-norm", "max_grad_norm")
 """Names under which servers tell clients how to train."""
 
 MOST = 10_000
@@ -42,6 +43,8 @@ class Known(BaseModel):
     batchnorm: Literal["eval", "train_shared", "train_hidden"] | None = None
     dropout: Literal["off", "active"] | None = None
     lr: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    clip: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Largest norm of a step's gradient, where clients clip it: steps are then shorter than the learning rate says."""
     epochs: int | None = Field(default=None, ge=1)
     batch_size: int | None = Field(default=None, ge=1)
     images: int | None = Field(default=None, ge=1)
@@ -97,6 +100,7 @@ class _Client:
     epochs: int | None
     batch: int | None
     """`None` where nothing says it: one epoch, and all images in one batch."""
+    clip: float | None
     words: tuple[str, ...]
     """Where this is from."""
 
@@ -152,7 +156,7 @@ def training_of(task: Task, one: Recorded, known: Known) -> Training:
         words.append("images of all clients weighed alike, which is an assumption")
     lr, estimate = clients[0].lr, None
     if lr is None:
-        length, _ = length_of(task, one)
+        length, _ = _length(task, one)
         estimate = None if length is None else length / mean
         words.append(
             "learning rate unknown: only the update's direction is matched"
@@ -160,7 +164,11 @@ def training_of(task: Task, one: Recorded, known: Known) -> Training:
             else f"learning rate unknown, estimated at {estimate:.2g} from the last layer; only the update's direction "
             "is matched"
         )
-    rate = lr or estimate or 1.0
+    rate, clip = lr or estimate or 1.0, clients[0].clip
+    if lr is not None and clip is not None:
+        # That every step was clipped need not be so, and with momentum it would not say how long it is.
+        rate = scale_of(task, one, images, steps, lr * steps) / steps
+        words.append("gradients are clipped, so that only the update's direction is matched")
     rule = replace(clients[0].rule, lr=rate)
     if one.parts:
         # Every step of the mean is one on all images.
@@ -170,7 +178,7 @@ def training_of(task: Task, one: Recorded, known: Known) -> Training:
     assumed = any(client.assumed for client in clients) or (
         known.images is None and any(part.examples is None for part in parts)
     )
-    return Training(rule, images, steps, lr is not None, tuple(words), assumed)
+    return Training(rule, images, steps, lr is not None and clip is None, tuple(words), assumed)
 
 
 def _images(parts: tuple[Recorded, ...], known: Known) -> tuple[list[int], list[str]]:
@@ -211,8 +219,9 @@ def _client(part: Recorded, images: int, known: Known) -> _Client:
 
     lr, epochs = find("learning rate", known.lr, _LR, counted=False), find("epochs", known.epochs, _EPOCHS)
     size = find("batch size", known.batch_size, _BATCH)
+    clip = find("clip", known.clip, _CLIP, counted=False)
     return _Client(
-        images, lr, None if epochs is None else int(epochs), None if size is None else int(size), tuple(words)
+        images, lr, None if epochs is None else int(epochs), None if size is None else int(size), clip, tuple(words)
     )
 
 
@@ -225,7 +234,7 @@ def _as_long(task: Task, one: Recorded, client: _Client) -> _Client:
     told = client.epochs is not None and (client.batch is not None or client.images == 1)
     if told or client.lr is None or client.images >= task.num_classes:
         return client
-    length, usable = length_of(task, one)
+    length, usable = _length(task, one)
     if length is None or not usable:
         return client
     steps = round(min(length / client.lr, MOST))
@@ -256,7 +265,7 @@ ADDED = 0.05
 """Sum of the last layer's bias over the classes, as a share of what rose, from which on something was added to it."""
 
 
-def length_of(task: Task, one: Recorded) -> tuple[float | None, bool]:
+def _length(task: Task, one: Recorded) -> tuple[float | None, bool]:
     """Learning rate times steps, from the last layer's bias: a class without images gets ``lr steps p`` there.
 
     The probabilities p are those of noise at the weights sent. Too small where all classes have images. Also says
@@ -274,3 +283,32 @@ def length_of(task: Task, one: Recorded) -> tuple[float | None, bool]:
     pure = float(head.bias.sum().abs()) <= ADDED * float(risen)
     usable = pure and float(p.max()) * task.num_classes <= EVEN
     return found if math.isfinite(found) and found > 0 else None, usable
+
+
+FEW = 32
+"""Images up to which counts of labels say how long an update is."""
+
+
+def scale_of(task: Task, one: Recorded, images: int, steps: int, most: float) -> float:
+    """What an update is a multiple of, where its steps are shorter than they look: counts of labels are whole numbers.
+
+    With the last layer's bias ``b`` and the mean prediction ``p`` the count of a class is ``images (p - b / scale)``
+    (`keyhole.parts.labels.geng`). Of all scales up to ``most`` at which no count is negative the one is taken at which
+    they are most nearly whole. Predictions are those of noise, at the middle of the way where there are several steps.
+
+    Returns:
+        At most ``most``; just that for more than `FEW` images, or where the last layer has no bias.
+    """
+    head = head_of(task, one.update, "the update's length")
+    if head.bias is None or images > FEW:
+        return most
+    bias, back = head.bias.double(), 0.5 if steps > 1 else 0.0
+    middle = {name: value - back * one.update[name] for name, value in one.weights.params.items()}
+    noise = normal(new_key(0), (64, *task.input_shape))
+    p = torch.softmax(task.logits(one.weights._replace(params=middle), noise), -1).mean(0).double()
+    least = float((bias / p).max())
+    if not 0 < least < most:
+        return most
+    scales = least * (most / least) ** torch.linspace(0.0, 1.0, 400, dtype=torch.float64)
+    counts = images * (p - bias / scales[:, None])
+    return float(scales[(counts - counts.round()).square().sum(-1).argmin()])

@@ -23,7 +23,7 @@ from keyhole.core.told import Told, silent
 from keyhole.core.trial import Spec
 from keyhole.core.types import Tensors
 from keyhole.errors import ConfigError
-from keyhole.experiment.recorded_training import MOST, Known, Training, length_of
+from keyhole.experiment.recorded_training import MOST, Known, Training, scale_of
 from keyhole.experiment.recorded_work import Case, Finding, attack_all
 from keyhole.experiment.store import Store
 from keyhole.experiment.train import SECRETS, TRANSCRIPT, Problem, Trained
@@ -133,8 +133,8 @@ def training_of(federation: FederationSection, task: Task, one: Recorded) -> Tra
     """How such a client trained, as its attacker knows it: all but the order of its images.
 
     With momentum steps get longer: those of one direction by ``(1 - m^k) / (1 - m)`` at the k-th. Where gradients are
-    clipped the lengths of steps are not known, and only directions are compared; for label rules that need a length it
-    is estimated from the last layer, if a class is sure to have no images there.
+    clipped the lengths of steps are not known, and only directions are compared; label rules, which need a length, get
+    what `scale_of` says.
 
     Raises:
         ConfigError: an update is of more images or steps than can be attacked.
@@ -151,9 +151,8 @@ def training_of(federation: FederationSection, task: Task, one: Recorded) -> Tra
     m = federation.momentum
     longer = sum((1 - m**k) / (1 - m) for k in range(1, steps + 1)) / steps
     rate = federation.lr * longer
-    if federation.clip and images < task.num_classes:
-        length, _ = length_of(task, one)
-        rate = min(rate, rate if length is None else length / steps)
+    if federation.clip:
+        rate = scale_of(task, one, images, steps, rate * steps) / steps
     rule = LocalSGD(federation.epochs, rate, batch, "fixed" if steps == 1 else "shuffled")
     words = [
         f"{images} image{'s' * (images != 1)}",

@@ -311,6 +311,7 @@ class Problem:
         sent = Weights(before.params, {name: value for name, value in before.buffers.items() if name in known})
         section = self.plan.federation
         told = {"lr": section.lr, "local-epochs": section.epochs, "batch-size": section.batch_size}
+        told |= {"clip": section.clip} if section.clip else {}
         record_round(run.folder / TRANSCRIPT, after.number, sent, after.clients, told, section.strategy)
         record_secrets(run.folder / SECRETS, after.number, self.inputs, self.labels, self.parts(run.seed))
 
