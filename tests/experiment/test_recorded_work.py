@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from recorded_case import LR, MODEL, Small, keep, moved, record
-from torch import Tensor
+from torch import Tensor, nn
 
 from keyhole.errors import ConfigError, ModelError, StoreError
 from keyhole.experiment import recorded_work
@@ -75,7 +75,7 @@ def test_side_by_side_kept_and_read_again_is_all_the_same(folder: Path, monkeypa
     same(together, run(folder))
     assert not done
     files = sorted((folder / "out" / "updates").iterdir())
-    assert [path.name for path in files] == ["round-0001-client-7.safetensors", "round-0001-client-8.safetensors"]
+    assert [path.name[:-21] for path in files] == ["round-0001-client-7", "round-0001-client-8"]
     assert all(stat.S_IMODE(path.stat().st_mode) == 0o600 for path in files)
 
 
@@ -141,11 +141,66 @@ def test_other_secrets_or_updates_are_not_taken_for_the_same(folder: Path, monke
     assert torch.equal(before.found[0].attempts[0].guesses, after.found[0].attempts[0].guesses)
 
 
+def test_two_transcripts_in_one_folder_keep_what_is_found_of_both(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(3)
+    model = Small()
+    record(folder / "t2", model, {"7": moved(model, [pictures(3)[2]])}, {"7": 1}, lr=LR)
+    run(folder)
+    audit_transcript(folder / "t2", MODEL, changes=(BRIEF,), out=folder / "out")
+    done = counted(monkeypatch)
+    run(folder)
+    assert not done
+
+
+class Normed(nn.Module):
+    """With BatchNorm of this momentum, from which the batch's statistics follow, and dropout of this rate."""
+
+    momentum, rate, input_shape = 0.1, 0.0, (1, 8, 8)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.drop = nn.BatchNorm2d(1, momentum=self.momentum), nn.Dropout(self.rate)
+        self.head = nn.Linear(64, 4)
+
+    def forward(self, images: Tensor) -> Tensor:
+        hidden: Tensor = self.head(self.drop(self.norm(images).flatten(1)))
+        return hidden
+
+
+class Slower(Normed):
+    momentum = 0.3
+
+
+class Dropping(Normed):
+    rate = 0.5
+
+
+def test_a_model_that_is_another_in_what_weights_do_not_say_is_attacked_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(3)
+    model = Normed()
+    update = {name: 0.1 * torch.randn_like(v) for name, v in model.state_dict().items() if v.is_floating_point()}
+    folder = record(tmp_path / "t", model, {"7": update}, {"7": 4}, lr=LR, epochs=1)
+    done = counted(monkeypatch)
+    brief = 'attacks=[{name="inverting_gradients",steps=2,restarts=1}]'
+    for kind, changes in (
+        ("Normed", ()), ("Slower", ()), ("Dropping", ()), ("Normed", ("mean=[0.1307]", "std=[1.0]")),
+        ("Normed", ("mean=[0.13072]", "std=[1.0]")),
+    ):  # fmt: skip
+        known = (brief, "batchnorm=train_shared", "dropout=active", "shape=[1,8,8]", *changes)
+        for _ in range(2):
+            audit_transcript(folder, f"{__name__}:{kind}", changes=known, out=tmp_path / "out")
+    assert len(done) == 5
+
+
 def test_a_damaged_file_is_told_and_done_again(folder: Path) -> None:
     whole = run(folder)
-    path = folder / "out" / "updates" / "round-0001-client-7.safetensors"
+    (path,) = (folder / "out" / "updates").glob("round-0001-client-7-*")
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.warns(UserWarning, match="client-7.safetensors is damaged .* attacked anew"):
+    with pytest.warns(UserWarning, match="client-7-[0-9a-f]{8}.safetensors is damaged .* attacked anew"):
         same(whole, run(folder))
 
 
@@ -166,10 +221,10 @@ def test_names_of_clients_cannot_leave_the_folder(tmp_path: Path) -> None:
     place.write_text(place.read_text().replace('"client": "7"', '"client": "../../7"'))
     found = audit_transcript(tmp_path / "t", MODEL, changes=(BRIEF,), out=tmp_path / "out")
     assert found.found[0].update.client == "../../7"
-    assert [path.name for path in (tmp_path / "out" / "updates").iterdir()] == ["round-0001-client-7.safetensors"]
+    assert [path.name[:20] for path in (tmp_path / "out" / "updates").iterdir()] == ["round-0001-client-7-"]
 
 
-def test_the_output_folder_must_be_its_own(folder: Path) -> None:
+def test_the_output_folder_must_be_its_own(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for out, said in (("t", "is what is audited"), ("s", "is what is audited")):
         with pytest.raises(StoreError, match=said):
             run(folder, out=out)
@@ -177,6 +232,9 @@ def test_the_output_folder_must_be_its_own(folder: Path) -> None:
     (folder / "other" / "config.toml").write_text("")
     with pytest.raises(StoreError, match="holds something else than the audit of a transcript"):
         run(folder, out="other")
+    monkeypatch.chdir(folder)
+    with pytest.raises(StoreError, match="holds something else than the audit of a transcript"):
+        audit_transcript(folder / "t", MODEL, changes=(BRIEF,), out=Path("other"))
     (folder / "file").write_text("")
     with pytest.raises(StoreError, match="cannot write to the output folder"):
         run(folder, out="file")
@@ -198,6 +256,7 @@ def test_parameters_that_did_not_move_are_not_expected_to(tmp_path: Path) -> Non
     assert adaptive.score < 1e-3 < naive.score
     assert adaptive.metrics["ssim"][0] > 0.95 and adaptive.explains
     assert "2 of 4 parameters did not move ('conv.weight'), as frozen ones do not" in finding.training.words
+    assert not any("use withhold" in reason.text for reason in finding.reasons), "nobody said that they do"
     # What the user says of the defense stands.
     said = (long, 'defense=[{name="clip",norm=1000.0}]')
     assert all(

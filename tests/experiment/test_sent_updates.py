@@ -20,8 +20,10 @@ from keyhole.experiment.sent_updates import FOLDER, PICTURES, Trainings, attack_
 from keyhole.experiment.train import Problem, Trained, train
 from keyhole.experiment.training_plan import TrainingPlan, parse_training
 from keyhole.experiment.transcript import Recorded, read_secret, read_transcript
+from keyhole.metrics.image import structural_similarity
 from keyhole.report.frontier import write_frontier
 from keyhole.report.names import defense_name
+from keyhole.report.sent import sent_in_words, sent_table, worst
 
 FILE = """
 [data]
@@ -118,7 +120,10 @@ def test_the_secrets_are_what_each_client_trained_on(run: Run) -> None:
     bare = done[0]
     for one in read_transcript(bare.folder / "transcript", model, [1]).updates:
         secret = read_secret(bare.folder / "secrets", 1, one.client)
-        assert secret is not None
+        # Only of clients that are attacked.
+        assert (secret is not None) == (one.client == "0")
+        if secret is None:
+            continue
         model.load_state_dict(load_file(bare.checkpoint(0)))
         model.zero_grad()
         torch.nn.functional.cross_entropy(model(secret.inputs), secret.labels).backward()
@@ -211,9 +216,59 @@ def test_how_clients_trained_is_known_from_the_plan() -> None:
     even = training_of(plan_of(federation={**free, "momentum": 0.0}).federation, task, fake(task, 8))
     assert even.rule == LocalSGD(2, 0.2, 4, "shuffled") and not even.assumed
     clipped = training_of(plan_of(federation={**free, "clip": 1.0}).federation, task, fake(task, 8))
-    assert not clipped.scale_known and any("only directions" in words for words in clipped.words)
-    with pytest.raises(ConfigError, match=r"20000 images and 10000 steps; up to 10000 .* remove \[audit.sent\]"):
-        training_of(plan_of(federation=free).federation, task, fake(task, 20000))
+    assert not clipped.scale_known and any("lengths of steps are not known" in words for words in clipped.words)
+
+
+def test_updates_that_are_too_much_to_attack_are_told_before_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("keyhole.experiment.train.MOST", 1)
+    with pytest.raises(ConfigError, match=r"a client has 1 images and takes 2 steps a round; up to 1 of each"):
+        train(plan_of(federation={"epochs": 2}), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def update(*ssim: float, guess: float = 0.1, mean: float = 0.2, refused: bool = False) -> dict[str, Any]:
+    """As in sent.json, of one attacker."""
+    count = len(ssim)
+    scores = {} if refused else {"ssim": list(ssim), "label_accuracy": [1.0] * count}
+    return {
+        "file": "x", "defense": "none", "seed": 0, "round": 1, "client": "0", "images": count, "steps": 1,
+        "training": [], "prediction": "partly", "class_mean": [mean] * count,
+        "attacks": [{
+            "attack": "idlg", "attacker": "naive", "status": "refused" if refused else "budget", "detail": "",
+            "evaluations": 1, "metrics": scores, "control": {} if refused else {"ssim": [guess] * count},
+        }],
+    }  # fmt: skip
+
+
+def test_a_leak_must_beat_noise_and_the_mean_image_of_its_class() -> None:
+    assert worst(update(0.9, 0.75, 0.6)).leaks == 2  # type: ignore[union-attr]
+    assert worst(update(0.9, 0.75, 0.6, mean=0.7)).leaks == 1  # type: ignore[union-attr]
+    assert worst(update(0.9, 0.75, 0.6, guess=0.7)).leaks == 1  # type: ignore[union-attr]
+
+
+def test_what_was_refused_counts_neither_as_leaked_nor_as_held() -> None:
+    refused, found = update(0.0, 0.0, refused=True), update(0.9, -0.3)
+    assert worst(refused) is None
+    both = {**found, "attacks": [*refused["attacks"], *found["attacks"]]}
+    assert worst(both).leaks == 1, "an attack that ran is worse than one that was refused"  # type: ignore[union-attr]
+    assert sent_table([refused])[1][5] == "\N{EN DASH}"
+    assert sent_in_words([refused]) == (
+        "Of what clients themselves sent (2 images, 1 step an update) no attack could be scored without a defense."
+    )
+    assert "1 of 2 (1 of 2 updates not scored) images leaked without a defense" in sent_in_words([refused, found])
+
+
+def test_the_mean_image_of_the_class_is_that_of_the_public_pool(run: Run) -> None:
+    plan, _, done, report = run
+    data = Problem(plan, torch.device("cpu")).data
+    secret = read_secret(done[0].folder / "secrets", 1, "0")
+    assert secret is not None
+    own = data.public.images[data.public.labels == secret.labels[0]]
+    mean = (own if len(own) else data.public.images).mean(0, keepdim=True)
+    expected = float(structural_similarity(mean, secret.inputs))
+    assert report["sent"][0]["class_mean"] == [pytest.approx(expected, abs=1e-5)]
 
 
 @pytest.mark.parametrize(

@@ -229,7 +229,7 @@ def exact(rule: ClientRule) -> Belief:
     return Simulated(rule)
 
 
-@BELIEFS.add(name="sgd")
+@BELIEFS.add(name="sgd", version=2)
 def sgd(
     rule: ClientRule, *, epochs: int | None = None, lr: float | None = None, batch_size: int | None = None
 ) -> Belief:

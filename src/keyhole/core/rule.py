@@ -70,6 +70,7 @@ class SingleGradient:
     name="sgd",
     paper="McMahan et al. 2017, Communication-efficient learning of deep networks from decentralized data",
     arxiv="1602.05629",
+    version=2,
 )
 @dataclass(frozen=True)
 class LocalSGD:

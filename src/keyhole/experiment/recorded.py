@@ -99,12 +99,11 @@ def audit_transcript(
         secret = None if secrets is None else _secrets(task, secrets, parts)
         if secrets is not None and secret is None:
             unscored.append(one.name)
-        frozen = [] if known.defense else _still(one)
-        if frozen:
-            words = f"{len(frozen)} of {len(one.update)} parameters did not move ('{frozen[0]}'), as frozen ones do not"
+        still = _still(one)
+        if still:
+            words = f"{len(still)} of {len(one.update)} parameters did not move ('{still[0]}'), as frozen ones do not"
             training = replace(training, words=(*training.words, words))
-        withheld = [{"name": "withhold", "layers": ",".join(frozen)}] if frozen else known.defense
-        cases[_name(one, cases)] = Case(one, training, secret, known.model_copy(update={"defense": withheld}))
+        cases[_name(one, cases)] = Case(one, training, secret, known, still)
     if not cases:
         raise DataError(f"no recorded update can be attacked: {missing[-1]}")
     found = tuple(attack_all(cases, trained, out, jobs, told))
@@ -120,14 +119,14 @@ def _check_place(folder: Path, secrets: Path | None, out: Path | None) -> None:
         return
     if out.resolve() in {folder.resolve(), *([] if secrets is None else [secrets.resolve()])}:
         raise StoreError(f"'{out}' is what is audited; choose another --out.")
-    if (out / Store(out).config).exists() or (out / TRANSCRIPT).exists():
+    if Store(out).config.exists() or (out / TRANSCRIPT).exists():
         raise StoreError(f"'{out}' holds something else than the audit of a transcript; choose another --out.")
 
 
-def _still(one: Recorded) -> list[str]:
+def _still(one: Recorded) -> tuple[str, ...]:
     """Parameters that did not move at all, where others did: an attack that expects them to move finds nothing."""
-    still = [name for name, value in one.update.items() if not value.any()]
-    return still if len(still) < len(one.update) else []
+    still = tuple(name for name, value in one.update.items() if not value.any())
+    return still if len(still) < len(one.update) else ()
 
 
 @dataclass(frozen=True)

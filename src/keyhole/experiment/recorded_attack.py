@@ -13,7 +13,7 @@ from keyhole.core.belief import Belief, Simulated
 from keyhole.core.defense import Counter, Defense
 from keyhole.core.keys import fold_in, new_key, normal
 from keyhole.core.registry import BELIEFS, METRICS
-from keyhole.core.task import Task
+from keyhole.core.task import Bounds, Task
 from keyhole.core.threat import ThreatModel
 from keyhole.core.types import Field, Observation
 from keyhole.errors import DataError, Refused
@@ -117,11 +117,11 @@ def attempt(
     metrics: dict[str, list[float]] = {}
     control: dict[str, list[float]] = {}
     if secret is not None:
-        guesses, metrics = _scored(task, guesses, secret)
+        guesses, metrics = scored(task.bounds, guesses, secret)
         if targets is not None and len(targets) == len(secret.labels):
             true = nn.functional.one_hot(secret.labels, task.num_classes).to(targets)
             metrics["label_accuracy"] = [float(multiset_overlap(targets, true))] * len(true)
-        control = _scored(task, task.bounds.to_pixels(blind[0].reconstruction.inputs).detach(), secret)[1]
+        control = scored(task.bounds, task.bounds.to_pixels(blind[0].reconstruction.inputs).detach(), secret)[1]
     # A second attack's own score is of something else than updates.
     score = float(solved.reconstruction.score) if counter.then is None else math.nan
     detail = "" if counter.then is None else SECOND
@@ -169,8 +169,18 @@ def explained_up_to(
     return SOLVED + mean + DEVIATIONS * deviation if mean <= MOSTLY_NOISE else None
 
 
-def _scored(task: Task, guesses: Tensor, secret: Secret) -> tuple[Tensor, dict[str, list[float]]]:
-    truth = task.bounds.to_pixels(secret.inputs.float())
+def scored(bounds: Bounds, guesses: Tensor, secret: Secret) -> tuple[Tensor, dict[str, list[float]]]:
+    """Guesses in the order of the secrets that they are paired with, and each metric for each secret.
+
+    Args:
+        bounds: of the secrets' input space.
+        guesses: pixels, at least as many as there are secrets.
+        secret: what they are compared with.
+
+    Raises:
+        DataError: they are too few, or of another shape.
+    """
+    truth = bounds.to_pixels(secret.inputs.float())
     if truth.shape[1:] != guesses.shape[1:] or len(truth) > len(guesses):
         raise DataError(
             f"the secrets are {len(truth)} images of shape {tuple(truth.shape[1:])}, but {len(guesses)} of shape "

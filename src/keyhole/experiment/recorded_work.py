@@ -7,6 +7,7 @@ checkpoint.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import shutil
@@ -62,6 +63,8 @@ class Case:
     training: Training
     secret: Secret | None
     known: Known
+    still: tuple[str, ...] = ()
+    """Parameters that did not move, as frozen ones do not: there is an attacker who leaves them out, too."""
     network: int = 0
     """Which of several networks, as `Networks` numbers them."""
 
@@ -109,9 +112,12 @@ def attack_all(
             return [_Work(case, networks(case.network), None).run(silently) for case in cases.values()]
         place = folder / "updates"
         # Before the folder is made: bad input must leave nothing behind.
-        works = {name: _Work(case, networks(case.network), place / name) for name, case in cases.items()}
+        known = functools.cache(networks)
+        works = {name: _Work(case, known(case.network), place / name) for name, case in cases.items()}
         with Store(folder):
             make_folder(place / _CHECKPOINTS)
+            for leftover in place.glob("*.partial"):
+                leftover.unlink()
             missing = {name: (name, cases[name]) for name, work in works.items() if not work.done}
             jobs = min(jobs or available_cores(), len(missing))
             if jobs > 1:
@@ -154,27 +160,37 @@ class _Work:
     """A case with its attacks."""
 
     def __init__(self, case: Case, trained: tuple[nn.Module, Task], path: Path | None) -> None:
-        self.case, (self.network, self.task) = case, trained
-        self.path = None if path is None else path.with_name(f"{path.name}.safetensors")
+        self.case, (network, self.task) = case, trained
         known, training = case.known, case.training
         specs = attacks_of(known, training)
         links = [method(DEFENSES, raw, "defense") for raw in known.defense]
         self.links = [spec.name for spec in links]
+        if case.still and not links:
+            links = [method(DEFENSES, {"name": "withhold", "layers": ",".join(case.still)}, "defense")]
+        self.known_defense = bool(links)
         self.defense: Defense = chain(*(DEFENSES.build(spec.name, **spec.asdict()) for spec in links))
         counters = [Counter(), *self.defense.counters()] if links else [Counter()]
         built: list[tuple[str, Attack]] = [(spec.name, ATTACKS.build(spec.name, **spec.asdict())) for spec in specs]
         self.attacks = [attack for _, attack in built]
         self.planned = [(name, attack, counter) for name, attack in built for counter in counters]
+        self.statistics, self.words = statistics_of(network, self.task, case.update, training)
         self.identity = self._identity([*specs, *links]) if path is not None else ""
+        # By what it is of: another transcript, or other knowledge, in the same folder has files of its own.
+        self.path = None if path is None else path.with_name(f"{path.name}-{self.identity[:8]}.safetensors")
 
     def _identity(self, specs: Sequence[Spec]) -> str:
-        case, one = self.case, self.case.update
+        case, one, task = self.case, self.case.update, self.task
         parts = [*one.weights, one.update, one.moved]
         secret = {} if case.secret is None else {"inputs": case.secret.inputs, "labels": case.secret.labels}
         made_from = {
             "version": VERSION,
             "update": [one.name, one.examples, digest(*parts), digest(secret)],
-            "network": [probe(self.task, one.weights), self.task.batchnorm, self.task.draws, repr(self.task.bounds)],
+            "network": [
+                probe(task, one.weights),
+                *map(str, (task.batchnorm, task.drops, task.noises)),
+                digest({"mean": task.bounds.mean, "std": task.bounds.std}),
+                digest(self.statistics or {}),
+            ],
             "training": repr(case.training),
             "methods": [(spec.name, spec.version, repr(spec.options)) for spec in specs],
             "seed": case.known.seed,
@@ -190,18 +206,16 @@ class _Work:
     def run(self, progress: Callable[[float], None]) -> Finding:
         """What is kept, and the attacks that are missing."""
         case, task = self.case, self.task
-        one, training = case.update, case.training
+        one, training = replace(case.update, statistics=self.statistics), case.training
         if one.parts and self.links:
             words = "counters of the defense are made for one client's update, and tried on the sum as they are"
             training = replace(training, words=(*training.words, words))
-        statistics, words = statistics_of(self.network, task, one, training)
-        one = replace(one, statistics=statistics)
-        training = replace(training, words=(*training.words, *filter(None, [words])))
+        training = replace(training, words=(*training.words, *filter(None, [self.words])))
         kept = self._read() or _Kept(*predict(task, one, training, self.attacks, self.links))
         for place, (name, attack, counter) in enumerate(self.planned[len(kept.attempts) :], len(kept.attempts)):
             watch = self._watch(place, progress)
             found = attempt(task, one, training, name, attack, counter, case.known.seed, case.secret, watch)
-            limit = explained_up_to(task, one, training, counter, self.defense if self.links else None)
+            limit = explained_up_to(task, one, training, counter, self.defense if self.known_defense else None)
             kept.attempts.append(replace(found, explained_up_to=limit))
             self._write(kept)
         progress(1.0)

@@ -97,7 +97,8 @@ def rehearse(plan: TrainingPlan, study: Study | None = None, *, jobs: int = 0, d
     known = None if study is None else dry_run(study, jobs=jobs, device=device, later=lambda s: s.train != "none")
     at_a_time = min((jobs or available_cores()) if where.type == "cpu" else 1, len(plan.defenses) * len(plan.run.seeds))
     with one_thread(where):
-        sent = _sent_seconds(problem) if study is not None and plan.sent is not None else 0.0
+        # On a CPU, as the attacks are.
+        sent = 0.0 if study is None or plan.sent is None else _sent_seconds(Problem(plan, torch.device("cpu")))
     return Rehearsal(plan, seconds, tested, at_a_time, known, sent)
 
 

@@ -22,13 +22,14 @@ from keyhole.core.task import Task
 from keyhole.core.told import Told, silent
 from keyhole.core.trial import Spec
 from keyhole.core.types import Tensors
-from keyhole.errors import ConfigError
-from keyhole.experiment.recorded_training import MOST, Known, Training, scale_of
+from keyhole.experiment.controls import class_mean
+from keyhole.experiment.recorded_attack import scored
+from keyhole.experiment.recorded_training import Known, Training, scale_of
 from keyhole.experiment.recorded_work import Case, Finding, attack_all
 from keyhole.experiment.store import Store
 from keyhole.experiment.train import SECRETS, TRANSCRIPT, Problem, Trained
 from keyhole.experiment.training_plan import FederationSection, TrainingPlan
-from keyhole.experiment.transcript import Recorded, read_secret, read_transcript
+from keyhole.experiment.transcript import Recorded, Secret, read_secret, read_transcript
 from keyhole.solve.files import write_tensors
 
 FOLDER, FILE, PICTURES = "sent", "sent.json", "pictures.safetensors"
@@ -44,6 +45,8 @@ class SentUpdate:
     defense: tuple[Spec, ...]
     seed: int
     finding: Finding
+    class_mean: tuple[float, ...] = ()
+    """SSIM of each secret to the mean public image of its class, which is a guess without the update."""
 
     def asdict(self, name: Callable[[tuple[Spec, ...]], str]) -> dict[str, Any]:
         """All but pictures, for JSON; ``name`` names defenses."""
@@ -58,6 +61,7 @@ class SentUpdate:
             "steps": found.training.steps,
             "training": list(found.training.words),
             "prediction": found.verdict,
+            "class_mean": list(self.class_mean),
             "attacks": [
                 {
                     "attack": one.attack,
@@ -102,10 +106,13 @@ def attack_sent(
             assert secret is not None and one.examples is not None
             training = training_of(plan.federation, task, one)
             name = f"{run.folder.parent.name}-seed-{run.seed}-round-{one.round:04d}-client-{one.client}"
-            cases[name] = Case(one, training, secret, known, index)
+            cases[name] = Case(one, training, secret, known, network=index)
             whose.append((name, run.defense, run.seed))
     found = attack_all(cases, networks, folder / FOLDER, jobs, told)
-    return [SentUpdate(*own, finding) for own, finding in zip(whose, found, strict=True)]
+    return [
+        SentUpdate(*own, finding, networks.class_mean(case.secret))
+        for own, finding, case in zip(whose, found, cases.values(), strict=True)
+    ]
 
 
 def keep_sent(sent: Sequence[SentUpdate], folder: Path, name: Callable[[tuple[Spec, ...]], str], images: str) -> None:
@@ -135,19 +142,11 @@ def training_of(federation: FederationSection, task: Task, one: Recorded) -> Tra
     With momentum steps get longer: those of one direction by ``(1 - m^k) / (1 - m)`` at the k-th. Where gradients are
     clipped the lengths of steps are not known, and only directions are compared; label rules, which need a length, get
     what `scale_of` says.
-
-    Raises:
-        ConfigError: an update is of more images or steps than can be attacked.
     """
     assert one.examples is not None
     images = one.examples
     batch = min(federation.batch_size, images)
     steps = federation.epochs * -(-images // batch)
-    if max(images, steps) > MOST:
-        raise ConfigError(
-            f"a client's update is of {images} images and {steps} steps; up to {MOST} of each can be attacked: remove "
-            "[audit.sent], or have more clients."
-        )
     m = federation.momentum
     longer = sum((1 - m**k) / (1 - m) for k in range(1, steps + 1)) / steps
     rate = federation.lr * longer
@@ -159,9 +158,11 @@ def training_of(federation: FederationSection, task: Task, one: Recorded) -> Tra
         f"{steps} step{'s' * (steps != 1)} of up to {batch} at learning rate {federation.lr:g}, momentum {m:g}",
     ]
     if federation.clip:
-        words.append(f"gradients clipped to a norm of {federation.clip:g}, so that only directions are compared")
+        words.append(f"gradients clipped to a norm of {federation.clip:g}, so that lengths of steps are not known")
     if federation.weight_decay:
         words.append("weight decay, which the attacks leave out")
+    if federation.strategy == "fedprox":
+        words.append("the proximal term, which the attacks leave out")
     # A batch that is filled up has some images twice, which attacks do not model either.
     apart = images % federation.batch_size > 0 or federation.weight_decay > 0
     return Training(rule, images, steps, not federation.clip, tuple(words), assumed=apart)
@@ -183,6 +184,13 @@ class Trainings:
     def __call__(self, number: int) -> tuple[nn.Module, Task]:
         """Any seed's, as weights come from the transcript."""
         return self._problem.network(0), self._problem.task(self.plan.defenses[number])
+
+    def class_mean(self, secret: Secret | None) -> tuple[float, ...]:
+        """SSIM of the mean public images of a client's classes to its secrets, paired as guesses of an attack are."""
+        assert secret is not None
+        public = self._problem.data.public
+        guesses = class_mean(public.images, public.labels, secret.labels)
+        return tuple(scored(self._problem.bounds, guesses, secret)[1]["ssim"])
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Trainings, (self.plan,)

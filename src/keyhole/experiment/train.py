@@ -33,6 +33,7 @@ from keyhole.defenses.dp_sgd import DPSGD
 from keyhole.defenses.user_dp import UserDP
 from keyhole.errors import ConfigError, DataError, ModelError, StoreError, cause
 from keyhole.experiment.plan import build_defense
+from keyhole.experiment.recorded_training import MOST
 from keyhole.experiment.recording import record_round, record_secrets
 from keyhole.experiment.setup import TRAIN_IMAGES, find_device, refuse_frozen
 from keyhole.experiment.store import Store
@@ -227,6 +228,7 @@ class Problem:
         self.public = Batch(self._inputs(data.public.images), targets, share)
         for seed in plan.run.seeds:
             self.parts(seed)
+        self._check_sent()
         for specs in plan.defenses:
             self._check_bound(build_defense(specs))
 
@@ -243,6 +245,17 @@ class Problem:
                 warnings.warn(f"{left} of {len(self.labels)} training images go to no client: {how}.", stacklevel=2)
             self._parts[seed] = parts
         return self._parts[seed]
+
+    def _check_sent(self) -> None:
+        """Before the training, as the section cannot be changed after it."""
+        section, sent = self.plan.federation, self.plan.sent
+        for part in (part for seed in self.plan.run.seeds for part in self.parts(seed)[: sent.clients if sent else 0]):
+            steps = section.epochs * -(-len(part) // section.batch_size)
+            if max(len(part), steps) > MOST:
+                raise ConfigError(
+                    f"a client has {len(part)} images and takes {steps} steps a round; up to {MOST} of each are "
+                    "attacked: remove [audit.sent], or have more clients."
+                )
 
     def _check_bound(self, defense: Defense) -> None:
         """A guarantee for each image does not survive that one image counts several times in a step."""
@@ -313,7 +326,9 @@ class Problem:
         told = {"lr": section.lr, "local-epochs": section.epochs, "batch-size": section.batch_size}
         told |= {"clip": section.clip} if section.clip else {}
         record_round(run.folder / TRANSCRIPT, after.number, sent, after.clients, told, section.strategy)
-        record_secrets(run.folder / SECRETS, after.number, self.inputs, self.labels, self.parts(run.seed))
+        assert self.plan.sent is not None
+        attacked = self.parts(run.seed)[: self.plan.sent.clients]
+        record_secrets(run.folder / SECRETS, after.number, self.inputs, self.labels, attacked)
 
     def check(self, run: Trained) -> None:
         """Hold what a folder has of a training against what would be trained; a damaged file is none."""

@@ -10,6 +10,7 @@ from typing import Any
 
 from keyhole.errors import StoreError, cause
 from keyhole.experiment.sent_updates import FILE, FOLDER, PICTURES
+from keyhole.report.groups import LEAK_MARGIN, LEAK_SSIM
 from keyhole.report.names import UNDEFENDED
 from keyhole.report.recorded import leaked
 from keyhole.report.tables import Line
@@ -17,12 +18,14 @@ from keyhole.report.text import NOTHING
 
 NOTE = (
     "Each update as the server got it: many steps on many images. Attackers know learning rate, epochs and batch size, "
-    "but no order of images; some know the defense, too. Leaked: to the attacker who recovered most of each update. "
-    "Best SSIM: of any image, and beside it of what the same attack makes of noise of the same size."
+    "but no order of images; some know the defense, too. Leaked: to the attacker who recovered most of each update, "
+    f"with an SSIM of at least {LEAK_SSIM:g} and at least {LEAK_MARGIN:g} above the best guess without the update: "
+    "what the same attack makes of noise of the same size, or the mean public image of the image's class. Best SSIM: of any "
+    "image, to that attacker; beside it the best of these guesses."
 )
 HEAD = (
     "defense", "sent in round", "behind an update", "prediction", "worst attacker", "leaked", "best SSIM",
-    "best SSIM from noise", "labels recovered",
+    "best SSIM of guesses", "labels recovered",
 )  # fmt: skip
 
 
@@ -31,16 +34,28 @@ class Attacked:
     """The worst attack on one update."""
 
     attack: dict[str, Any]
-    leaks: int
+    guesses: list[float]
+    """SSIM of the best guess for each image that does without the update; empty where the attack was not scored."""
+
+    @property
+    def leaked(self) -> list[bool]:
+        """Of each image."""
+        return leaked(self.attack["metrics"], {"ssim": self.guesses})
+
+    @property
+    def leaks(self) -> int:
+        """How many of them."""
+        return sum(self.leaked)
 
     @property
     def attacker(self) -> str:
         """With the attack's name."""
         return f"{self.attack['attack']}, {self.attack['attacker']}"
 
-    def ssim(self, of: str = "metrics") -> list[float]:
-        """Of each image; with ``control`` of the same attack on noise."""
-        found: list[float] = self.attack[of].get("ssim", [])
+    @property
+    def ssim(self) -> list[float]:
+        """Of each image."""
+        found: list[float] = self.attack["metrics"].get("ssim", [])
         return found
 
 
@@ -60,10 +75,14 @@ def read_sent(folder: Path) -> list[dict[str, Any]]:
     return found
 
 
-def worst(update: dict[str, Any]) -> Attacked:
-    """Who recovered most images, or else the most similar ones."""
-    attacked = [Attacked(one, sum(leaked(one["metrics"], one["control"]))) for one in update["attacks"]]
-    return max(attacked, key=lambda one: (one.leaks, sum(one.ssim())))
+def worst(update: dict[str, Any]) -> Attacked | None:
+    """Who recovered most images, or else the most similar ones; `None` where no attack was scored."""
+    attacked = [
+        Attacked(one, [max(both) for both in zip(one["control"]["ssim"], update["class_mean"], strict=True)])
+        for one in update["attacks"]
+        if "ssim" in one["metrics"]
+    ]
+    return max(attacked, key=lambda one: (one.leaks, sum(one.ssim)), default=None)
 
 
 def by_round(sent: Sequence[dict[str, Any]]) -> Iterator[tuple[str, int, list[dict[str, Any]]]]:
@@ -79,23 +98,29 @@ def sent_table(sent: Sequence[dict[str, Any]]) -> list[Line]:
     """A row for each defense and round."""
     lines: list[Line] = [HEAD]
     for defense, number, updates in by_round(sent):
-        found = [worst(update) for update in updates]
-        scored = [one for one in found if one.ssim()]
-        labels = [
-            one.attack["metrics"]["label_accuracy"][0] for one in scored if "label_accuracy" in one.attack["metrics"]
-        ]
+        found = [one for one in map(worst, updates) if one is not None]
+        scores = [one.attack["metrics"] for one in found]
+        labels = [one["label_accuracy"][0] for one in scores if "label_accuracy" in one]
         lines.append(
             (
-                defense, str(number), _behind(updates),
-                "; ".join(dict.fromkeys(u["prediction"] for u in updates)),
-                "; ".join(dict.fromkeys(one.attacker for one in found)),
-                f"{sum(one.leaks for one in scored)} of {sum(u['images'] for u in updates)}" if scored else NOTHING,
-                f"{max(max(one.ssim()) for one in scored):.2f}" if scored else NOTHING,
-                f"{max(max(one.ssim('control')) for one in scored):.2f}" if scored else NOTHING,
+                defense, str(number), _behind(updates), "; ".join(dict.fromkeys(u["prediction"] for u in updates)),
+                "; ".join(dict.fromkeys(one.attacker for one in found)) or NOTHING, _count(updates),
+                f"{max(max(one.ssim) for one in found):.2f}" if found else NOTHING,
+                f"{max(max(one.guesses) for one in found):.2f}" if found else NOTHING,
                 f"{100 * sum(labels) / len(labels):.0f} %" if labels else NOTHING,
             )
         )  # fmt: skip
     return lines
+
+
+def _count(updates: Sequence[dict[str, Any]]) -> str:
+    """Images that leaked, of those behind updates on which an attack was scored."""
+    found = [worst(update) for update in updates]
+    images = sum(len(one.ssim) for one in found if one is not None)
+    if not images:
+        return NOTHING
+    rest = f" ({found.count(None)} of {len(found)} updates not scored)" if None in found else ""
+    return f"{sum(one.leaks for one in found if one is not None):,} of {images:,}{rest}"
 
 
 def _behind(updates: Sequence[dict[str, Any]]) -> str:
@@ -114,10 +139,10 @@ def sent_in_words(sent: Sequence[dict[str, Any]]) -> str:
     if not sent:
         return ""
     groups = {title: [u for u in sent if (u["defense"] == UNDEFENDED) is bare] for title, bare in _TITLES}
+    counted = {title: _count(updates) for title, updates in groups.items() if updates}
     said = [
-        f"{sum(worst(u).leaks for u in updates):,} of {sum(u['images'] for u in updates):,} images leaked {title}"
-        for title, updates in groups.items()
-        if updates
+        f"no attack could be scored {title}" if count == NOTHING else f"{count} images leaked {title}"
+        for title, count in counted.items()
     ]
     return f"Of what clients themselves sent ({_behind(sent)} an update) {' and '.join(said)}."
 
@@ -138,17 +163,18 @@ def sent_strips(sent: Sequence[dict[str, Any]], folder: Path) -> list[dict[str, 
     stored = load_file(path) if path.exists() else {}
     shown = []
     for _, number, updates in by_round([one for one in sent if f"{one['file']}/0" in stored]):
-        update = max(updates, key=lambda one: max(worst(one).ssim(), default=-1.0))
-        shown.append({"title": f"Sent in round {number}", "strip": _strip(update, stored)})
+        found = [(one, update) for update in updates if (one := worst(update)) is not None]
+        if found:
+            best = max(found, key=lambda pair: max(pair[0].ssim))
+            shown.append({"title": f"Sent in round {number}", "strip": _strip(*best, stored)})
     return shown
 
 
-def _strip(update: dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]:
+def _strip(found: Attacked, update: dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]:
     """From the worst to the best image at even distances; guesses are in the order of secrets."""
     from keyhole.report import figures, strips
 
-    found = worst(update)
-    ssim, judged = found.ssim(), leaked(found.attack["metrics"], found.attack["control"])
+    ssim, judged = found.ssim, found.leaked
     ranked = sorted(range(len(ssim)), key=ssim.__getitem__)
     count = min(strips.PICTURES, len(ranked))
     rows = [ranked[round(i * (len(ranked) - 1) / max(1, count - 1))] for i in range(count)]
