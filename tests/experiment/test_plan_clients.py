@@ -77,7 +77,7 @@ def test_the_self_test_knows_the_client_and_its_labels(setup: Setup) -> None:
         else:
             assert trial.belief.asdict()["lr"] == 0.5
             assert (chosen["labels"], chosen["restarts"], chosen["tv"]) == ("auto", 3, 0.1)
-        assert trial.rule == Spec.of("sgd", {"epochs": 2, "lr": 0.1, "batch_size": 1, "order": "fixed"})
+        assert trial.rule == Spec.of("sgd", {"epochs": 2, "lr": 0.1, "batch_size": 1, "order": "fixed"}, 2)
 
 
 def test_rounds_under_active_dropout_are_refused_or_not_tested(setup: Setup, make_bench: Any) -> None:

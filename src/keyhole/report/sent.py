@@ -20,8 +20,8 @@ NOTE = (
     "Each update as the server got it: many steps on many images. Attackers know learning rate, epochs and batch size, "
     "but no order of images; some know the defense, too. Leaked: to the attacker who recovered most of each update, "
     f"with an SSIM of at least {LEAK_SSIM:g} and at least {LEAK_MARGIN:g} above the best guess without the update: "
-    "what the same attack makes of noise of the same size, or the mean public image of the image's class. Best SSIM: of any "
-    "image, to that attacker; beside it the best of these guesses."
+    "what the same attack makes of noise of the same size, or the mean public image of the image's class. Best SSIM: "
+    "of any image, to that attacker; beside it the best of these guesses."
 )
 HEAD = (
     "defense", "sent in round", "behind an update", "prediction", "worst attacker", "leaked", "best SSIM",
