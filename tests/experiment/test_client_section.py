@@ -30,7 +30,7 @@ def test_a_gradient_is_the_default() -> None:
 
 def test_local_training_is_spelled_out() -> None:
     client = of(client=SGD).client
-    assert client.spec == Spec.of("sgd", {"epochs": 2, "lr": 0.5, "batch_size": 2, "order": "fixed"})
+    assert client.spec == Spec.of("sgd", {"epochs": 2, "lr": 0.5, "batch_size": 2, "order": "fixed"}, 2)
     assert client.size == 4
     assert RULES.build("sgd", **client.spec.asdict()) == LocalSGD(2, 0.5, 2)
     assert of(client={"rule": "sgd", "batch_size": 4}).client.size == 4
@@ -50,7 +50,7 @@ def test_a_belief_is_a_name_or_a_table() -> None:
         of(attacker={"belief": "gradient"}).attacker.spec == of(attacker={"belief": {"name": "gradient"}}).attacker.spec
     )
     guess = of(client=SGD, attacker={"belief": {"name": "sgd", "lr": 0.1}}).attacker.spec
-    assert guess == Spec.of("sgd", {"epochs": None, "lr": 0.1, "batch_size": None})
+    assert guess == Spec.of("sgd", {"epochs": None, "lr": 0.1, "batch_size": None}, 2)
     built = BELIEFS.build(guess.name, rule=LocalSGD(2, 0.5, 2), **guess.asdict())
     assert built.rule == LocalSGD(2, 0.1, 2)
 
