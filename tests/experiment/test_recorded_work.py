@@ -106,7 +106,7 @@ def test_an_attack_that_was_cut_off_goes_on_and_those_before_it_are_not_run_agai
     same(whole, run(folder, told=lambda what, fraction: fractions.append((what, fraction))))
     assert done == [("8", "inverting_gradients")]
     # Two attacks, and a third of the second was done.
-    going = [fraction for what, fraction in fractions if what == "round-0001-client-8"]
+    going = [fraction for what, fraction in fractions if what == "attacking round-0001-client-8"]
     assert going[0] > 0.75 and going[-1] == 1.0
     assert not checkpoint.exists()
 

@@ -121,11 +121,16 @@ def attack_all(
             missing = {name: (name, cases[name]) for name, work in works.items() if not work.done}
             jobs = min(jobs or available_cores(), len(missing))
             if jobs > 1:
-                for name, _ in in_processes(_Worker(networks, place), missing, jobs, told):
+                spoken = {_spoken(name): work for name, work in missing.items()}
+                for name, _ in in_processes(_Worker(networks, place), spoken, jobs, told):
                     told(name, 1.0)
-            found = [work.run(partial(told, name)) for name, work in works.items()]
+            found = [work.run(partial(told, _spoken(name))) for name, work in works.items()]
             shutil.rmtree(place / _CHECKPOINTS)
     return found
+
+
+def _spoken(name: str) -> str:
+    return f"attacking {name}"
 
 
 def silently(fraction: float) -> None:
