@@ -6,11 +6,13 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 
 from command_line import run
 from keyhole.errors import ConfigError
 from keyhole.experiment.frontier import frontier
 from keyhole.experiment.rehearsal import Rehearsal, rehearsal_in_words, rehearse, study_to_come
+from keyhole.experiment.train import Problem
 from keyhole.experiment.training_plan import TrainingPlan, parse_training
 from keyhole.report.names import defense_name
 from keyhole.report.write import read_audit
@@ -136,5 +138,8 @@ def test_attacks_on_what_clients_send_are_counted_and_timed(
     attackers, updates = 1 + 2, 2 * 2 * 2
     assert found.sent_seconds == pytest.approx(600 / 10 * attackers * updates)
     said = "\n".join(rehearsal_in_words(found, defense_name))
-    assert "16 updates that clients themselves send: 24 minutes of core time." in said
+    assert "16 updates that clients themselves send: 24 minutes of core time, and " in said
+    # Two trainings of two seeds, two rounds each: the global weights and three clients' updates, four bytes a number.
+    numbers = sum(value.numel() for value in Problem(own, torch.device("cpu")).fresh((), 0).params.values())
+    assert found.sent_bytes == 4 * numbers * (1 + 3) * 2 * 2 * 2
     assert rehearse(plan, jobs=1).sent_seconds == 0.0

@@ -47,6 +47,8 @@ class Rehearsal:
     audit: Prospect | None
     sent_seconds: float = 0.0
     """Core time of the attacks on what clients themselves send."""
+    sent_bytes: int = 0
+    """Of all transcripts."""
 
     def one_training(self, specs: tuple[Spec, ...]) -> float:
         """Seconds of one training under a defense, whose first round is done without it too."""
@@ -99,7 +101,7 @@ def rehearse(plan: TrainingPlan, study: Study | None = None, *, jobs: int = 0, d
     with one_thread(where):
         # On a CPU, as the attacks are.
         sent = 0.0 if study is None or plan.sent is None else _sent_seconds(Problem(plan, torch.device("cpu")))
-    return Rehearsal(plan, seconds, tested, at_a_time, known, sent)
+    return Rehearsal(plan, seconds, tested, at_a_time, known, sent, _sent_bytes(problem))
 
 
 def _one_client(problem: Problem, specs: tuple[Spec, ...]) -> float:
@@ -122,6 +124,14 @@ def _first_round(problem: Problem, specs: tuple[Spec, ...]) -> tuple[Weights, Ro
         defense=build_defense(specs) if specs else None, public=problem.public,
     )  # fmt: skip
     return start, back
+
+
+def _sent_bytes(problem: Problem) -> int:
+    """Of the global weights and all clients' updates in the recorded rounds of every training."""
+    plan = problem.plan
+    sizes = [sum(t.nbytes for part in problem.fresh(specs, plan.run.seeds[0]) for t in part.values())
+             for specs in plan.defenses]  # fmt: skip
+    return sum(sizes) * (plan.federation.clients + 1) * len(plan.recorded) * len(plan.run.seeds)
 
 
 def _sent_seconds(problem: Problem) -> float:
@@ -174,7 +184,10 @@ def rehearsal_in_words(found: Rehearsal, name: Namer) -> Iterator[str]:
         )
         if plan.sent is not None:
             count = len(plan.defenses) * seeds * len(plan.recorded) * plan.sent.clients
-            yield f"  {count} updates that clients themselves send: {in_hours(found.sent_seconds)} of core time."
+            yield (
+                f"  {count} updates that clients themselves send: {in_hours(found.sent_seconds)} of core time, and "
+                f"{found.sent_bytes / 1e6:.3g} MB of transcripts."
+            )
         yield f"  Prediction without a defense, {settings[0].setting}: {settings[0].feasibility.verdict}."
     attacks = "" if found.audit is None else " and a few steps of each attack"
     yield f"Estimates, from the first round of one client{attacks} on this machine as it is now."
