@@ -17,7 +17,7 @@ from keyhole.report.tables import Line
 from keyhole.report.text import NOTHING
 
 NOTE = (
-    "Each update as the server got it: many steps on many images. Attackers know learning rate, epochs and batch size, "
+    "Each update as the server got it, whatever is behind it. Attackers know learning rate, epochs and batch size, "
     "but no order of images; some know the defense, too. Leaked: to the attacker who recovered most of each update, "
     f"with an SSIM of at least {LEAK_SSIM:g} and at least {LEAK_MARGIN:g} above the best guess without the update: "
     "what the same attack makes of noise of the same size, or the mean public image of the image's class. Best SSIM: "
@@ -97,14 +97,16 @@ def by_round(sent: Sequence[dict[str, Any]]) -> Iterator[tuple[str, int, list[di
 def sent_table(sent: Sequence[dict[str, Any]]) -> list[Line]:
     """A row for each defense and round."""
     lines: list[Line] = [HEAD]
+    several = len({attack["attack"] for update in sent for attack in update["attacks"]}) > 1
     for defense, number, updates in by_round(sent):
         found = [one for one in map(worst, updates) if one is not None]
+        who = [one.attacker if several else one.attack["attacker"] for one in found]
         scores = [one.attack["metrics"] for one in found]
         labels = [one["label_accuracy"][0] for one in scores if "label_accuracy" in one]
         lines.append(
             (
                 defense, str(number), _behind(updates), "; ".join(dict.fromkeys(u["prediction"] for u in updates)),
-                "; ".join(dict.fromkeys(one.attacker for one in found)) or NOTHING, _count(updates),
+                "; ".join(dict.fromkeys(who)) or NOTHING, _count(updates),
                 f"{max(max(one.ssim) for one in found):.2f}" if found else NOTHING,
                 f"{max(max(one.guesses) for one in found):.2f}" if found else NOTHING,
                 f"{100 * sum(labels) / len(labels):.0f} %" if labels else NOTHING,
