@@ -3,6 +3,7 @@
     python tests/claims/cells.py PRESET=DIR ...     read finished audits' report.json
     python tests/claims/cells.py --accuracy DIR     keep what `keyhole train accuracy` measured
     python tests/claims/cells.py --frontier NAME=DIR --inversion NAME=DIR    keep those of keyhole frontier and invert
+    python tests/claims/cells.py --sent DIR ...     keep what `keyhole frontier sent` recovered, by images behind an update
     python tests/claims/cells.py --claims           all of it, from what `make claims` measured
 
 Each cell is one attack on one defense in one setting: the naive attacker, the worst who knows the defense, the best
@@ -17,7 +18,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from keyhole.report.sent import sent_in_words
+from keyhole.report.sent import read_sent, sent_in_words, worst
 from keyhole.report.verdict import FELL_FROM, NOT_BROKEN_UP_TO
 
 HERE = Path(__file__).parent
@@ -25,6 +26,7 @@ KEPT = HERE / "measured" / "cells.json"
 ACCURACY = HERE / "measured" / "accuracy.json"
 FRONTIERS = HERE / "measured" / "frontiers.json"
 INVERSIONS = HERE / "measured" / "inversions.json"
+SENT = HERE / "measured" / "sent.json"
 CLAIMS = HERE.parent.parent / "audits" / "claims"
 
 AUDITS = ("masking", "masking_weak.toml", "dp_sgd", "soteria", "obscuring", "concealing", "concealing_inserted.toml",
@@ -130,6 +132,20 @@ def keep_frontier(name: str, folder: Path, today: str) -> None:
     _keep(FRONTIERS, name, {"date": today, "points": found["points"], **sent})
 
 
+def keep_sent(folders: list[Path], today: str) -> None:
+    """Images recovered from what clients themselves sent without a defense, by how many were behind an update."""
+    kept = []
+    for folder in folders:
+        sent = read_sent(folder)
+        attacked = [one for one in map(worst, sent) if one is not None]
+        counts = {"images": sent[0]["images"], "steps": sent[0]["steps"], "clients": len(attacked)}
+        kept.append(
+            {**counts, "leaked": sum(one.leaks for one in attacked), "of": sum(len(one.ssim) for one in attacked)}
+        )
+    kept.sort(key=lambda one: (one["steps"], one["images"]))
+    SENT.write_text(json.dumps({"date": today, "updates": kept}, indent=1) + "\n")
+
+
 def keep_inversion(name: str, folder: Path, today: str) -> None:
     """The rows of a model inversion, and what was compared."""
     found = json.loads((folder / "report.json").read_text())
@@ -149,6 +165,9 @@ def main() -> None:
     parser.add_argument("--accuracy", type=Path, metavar="DIR", help="the finished trainings of the preset accuracy")
     parser.add_argument("--frontier", nargs="*", default=[], metavar="NAME=DIR", help="finished frontiers")
     parser.add_argument("--inversion", nargs="*", default=[], metavar="NAME=DIR", help="finished inversions")
+    parser.add_argument(
+        "--sent", nargs="*", type=Path, default=[], metavar="DIR", help="finished runs of the preset sent"
+    )
     parser.add_argument("--claims", action="store_true", help="read audits/claims")
     chosen = parser.parse_args()
     measured = list(chosen.measured)
@@ -162,6 +181,8 @@ def main() -> None:
         keep_accuracy(chosen.accuracy, today)
     for given in chosen.frontier:
         keep_frontier(given.partition("=")[0], Path(given.partition("=")[2]), today)
+    if chosen.sent:
+        keep_sent(chosen.sent, today)
     for given in chosen.inversion:
         keep_inversion(given.partition("=")[0], Path(given.partition("=")[2]), today)
     for given in measured:

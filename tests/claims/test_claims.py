@@ -80,6 +80,9 @@ README_FRONTIER = {
 }
 
 
+README_SENT = ("images behind an update", "recovered, one step", "recovered, three steps")
+
+
 def test_the_readme_says_what_was_measured() -> None:
     """Accuracies and leak rates of its two tables, row by row."""
     lines = (HERE.parent.parent / "README.md").read_text().splitlines()
@@ -98,6 +101,11 @@ def test_the_readme_says_what_was_measured() -> None:
         bounds = [f"{100 * leaks[end]:.0f}" for end in ("value", "low", "high")]
         assert told[row] == [f"{100 * accuracy['value']:.1f} %", "{} % ({} to {})".format(*bounds)], row
     assert f"{points['dp_sgd(noise_multiplier=1)']['epsilon']:.0f}" == "81"
+    sent = json.loads((HERE / "measured" / "sent.json").read_text())["updates"]
+    head, one, three = (next(row for row in table if row[0].startswith(start)) for start in README_SENT)
+    for steps, row in ((1, one), (3, three)):
+        found = {str(u["images"]): f"{u['leaked']} of {u['of']}" for u in sent if u["steps"] == steps}
+        assert dict(zip(head[1:], row[1:], strict=True)) == found
 
 
 def test_an_unmet_claim_stays_visible(measure: ModuleType) -> None:
