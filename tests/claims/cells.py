@@ -3,7 +3,7 @@
     python tests/claims/cells.py PRESET=DIR ...     read finished audits' report.json
     python tests/claims/cells.py --accuracy DIR     keep what `keyhole train accuracy` measured
     python tests/claims/cells.py --frontier NAME=DIR --inversion NAME=DIR    keep those of keyhole frontier and invert
-    python tests/claims/cells.py --sent DIR ...     keep what `keyhole frontier sent` recovered, by images behind an update
+    python tests/claims/cells.py --sent DIR ...     keep what `keyhole frontier sent` recovered, by images an update
     python tests/claims/cells.py --claims           all of it, from what `make claims` measured
 
 Each cell is one attack on one defense in one setting: the naive attacker, the worst who knows the defense, the best
