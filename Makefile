@@ -14,7 +14,7 @@ help:
 	@echo "make demo    install, audit a small network on faces, and write a report"
 	@echo "make test    run the tests"
 	@echo "make check   lint, types, layers and documentation"
-	@echo "make bench   time the lifted attacks, and measure Flower's mods"
+	@echo "make bench   time the lifted attacks, measure Flower's mods and label rules"
 	@echo "make claims  measure what the documentation claims"
 	@echo "make docs    build the documentation into site/"
 	@echo "make clean   remove what was built; audits stay"
@@ -35,6 +35,7 @@ bench: $(VENV)/.keyhole-all
 	$(BIN)/python benchmarks/evaluations.py
 	$(BIN)/python benchmarks/inversion.py
 	$(BIN)/python benchmarks/flower_mods.py
+	$(BIN)/python benchmarks/sent_labels.py
 
 claims: $(VENV)/.keyhole-dev
 	$(BIN)/python tests/claims/measure.py

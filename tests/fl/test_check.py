@@ -184,7 +184,7 @@ def test_noise_that_differs_between_tensors_or_grows_with_the_update_is_found() 
 
 
 def test_noise_of_one_size_is_not_called_another_by_chance() -> None:
-    """A single number among many in few messages: 95 % intervals of its size were apart from the rest's in 1 of 80."""
+    """A single number among many in few messages: 95 % intervals of its size were apart from the rest's in 1 of 25."""
     rng = np.random.default_rng(0)
     for draw in (rng.standard_normal, lambda size: rng.laplace(size=size)):
         for _ in range(400):

@@ -7,6 +7,7 @@ training would have had. They are read from the transcript that the training wro
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -68,6 +69,7 @@ class SentUpdate:
                     "attacker": one.attacker,
                     "status": one.status,
                     "detail": one.detail,
+                    "score": None if math.isnan(one.score) else one.score,
                     "evaluations": one.evaluations,
                     "metrics": one.metrics,
                     "control": one.control,
